@@ -1,0 +1,27 @@
+"""fibecfed_kernels: fused ops for federated LoRA fine-tuning, on torch alone (Triton on CUDA, C++ on the CPU).
+
+* fisher: :func:`fisher_diag`, :func:`lora_fisher_diag`: per-sample Fisher information without per-sample gradients.
+* update: :func:`masked_adamw_`, :func:`masked_sgd_`: optimizer steps that really freeze rows.
+* wire: :class:`WirePlan`, :func:`aggregate`: adapters as safetensors messages, averaged as they arrive.
+
+Every op has three bodies of one meaning; :func:`backend` tells which one runs, :func:`use_backend` forces one.
+"""
+
+from ._backend import backend, use_backend
+from .fisher import FisherDiag, LoraFisherDiag, fisher_diag, lora_fisher_diag
+from .layout import Entry, FlatBuffers, row_layout
+from .update import masked_adamw_, masked_sgd_
+
+__all__ = [
+    "Entry",
+    "FisherDiag",
+    "FlatBuffers",
+    "LoraFisherDiag",
+    "backend",
+    "fisher_diag",
+    "lora_fisher_diag",
+    "masked_adamw_",
+    "masked_sgd_",
+    "row_layout",
+    "use_backend",
+]

@@ -1,0 +1,83 @@
+"""Every torch.library schema and fake of fibecfed_kernels, in one file.
+
+A body is chosen by device: C++ registers itself for the CPU when ``_C`` is loaded, Triton for CUDA on first use. Where the
+extension is missing the reference serves the CPU. Mutating ops return ``()``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._backend import HAS_CPP, HAS_TRITON
+
+SCHEMAS = {
+    "fisher_diag": "(Tensor x, Tensor grad_y, Tensor? cu_seqlens, bool weight_grad) -> (Tensor, Tensor, Tensor)",
+    "lora_fisher_diag": "(Tensor x, Tensor[] h, Tensor[] grad_h, Tensor[] grad_y, Tensor? cu_seqlens, bool weight_grad)"
+    " -> (Tensor, Tensor, Tensor)",
+    "masked_adamw_": "(Tensor(a!) data, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) steps,"
+    " Tensor mask, Tensor layout, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    "masked_sgd_": "(Tensor(a!) data, Tensor grad, Tensor(b!) momentum_buffer, Tensor(c!) steps, Tensor mask,"
+    " Tensor layout, float lr, float momentum, float dampening, float weight_decay, bool nesterov) -> ()",
+}
+
+_library = torch.library.Library("fibecfed", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def _family(name: str) -> str:
+    return "fisher" if "fisher" in name else "update" if name.startswith("masked") else "wire"
+
+
+def _register_python_body(name: str, body: str, key: str) -> None:
+    """Register ``fibecfed_kernels.<family>.<body>.<name>`` for a dispatch key, imported at the first call."""
+
+    def call(*args: Any) -> Any:
+        module = importlib.import_module(f".{_family(name)}.{body}", __package__)
+        return getattr(module, name)(*args)
+
+    _library.impl(name, call, key)
+
+
+for _name in SCHEMAS:
+    if not HAS_CPP:
+        _register_python_body(_name, "reference", "CPU")
+    _register_python_body(_name, "triton" if HAS_TRITON else "reference", "CUDA")
+
+
+@torch.library.register_fake("fibecfed::fisher_diag", lib=_library)
+def _(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, weight_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    samples = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (grad_y.shape[-1], x.shape[-1])
+    return (
+        x.new_empty(samples, dtype=torch.float32),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape if weight_grad else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("fibecfed::lora_fisher_diag", lib=_library)
+def _(
+    x: Tensor, h: list[Tensor], grad_h: list[Tensor], grad_y: list[Tensor], cu_seqlens: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    numel = sum(h_m.shape[-1] * (x.shape[-1] + y_m.shape[-1]) for h_m, y_m in zip(h, grad_y, strict=True))
+    return (
+        x.new_empty((2 * len(h), samples), dtype=torch.float32),
+        x.new_empty(numel, dtype=torch.float32),
+        x.new_empty(numel if weight_grad else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("fibecfed::masked_adamw_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fibecfed::masked_sgd_", lib=_library)
+def _(*args: Any) -> None:
+    return None

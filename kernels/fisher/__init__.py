@@ -1,0 +1,191 @@
+"""Per-sample Fisher information of linear modules: checks and dispatch; the bodies are reference, C++ and Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .. import _ops  # noqa: F401  the schemas must exist before a body is called
+from .._backend import body_for
+from . import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FisherDiag(NamedTuple):
+    """Fisher information of one weight W (d_out, d_in) over a batch of N samples, all float32.
+
+    scores: (N,) ‖G_n‖²_F. diag: (d_out, d_in) Σ_n G_n². weight_grad: (d_out, d_in) Σ_n G_n, or None if not asked for.
+    """
+
+    scores: Tensor
+    diag: Tensor
+    weight_grad: Tensor | None
+
+
+class LoraFisherDiag(NamedTuple):
+    """:class:`FisherDiag` of the two matrices of a LoRA pair, A (r, d_in) and B (d_out, r)."""
+
+    a: FisherDiag
+    b: FisherDiag
+
+
+def fisher_diag(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None, *, weight_grad: bool = False) -> FisherDiag:
+    """Diagonal of the empirical Fisher information of W in y = x Wᵀ, true per sample.
+
+    With G_n = Σ_t ∂y_{n,t} x_{n,t}ᵀ, the gradient of sample n's loss by W: ``scores[n] = ‖G_n‖²_F``,
+    ``diag = Σ_n G_n²`` (elementwise), ``weight_grad = Σ_n G_n``. The square is taken AFTER the sum over the tokens; the
+    per-sample gradients are never held in memory.
+
+    Args:
+        x: input of the module, (N, T, d_in), or packed (total, d_in) with ``cu_seqlens``. float32, bfloat16 or float16.
+        grad_y: gradient of the SUM of the samples' losses by y, (N, T, d_out) or (total, d_out); same dtype as ``x``.
+        cu_seqlens: int32 (N+1,), 0 = c_0 ≤ … ≤ c_N = total: sample n owns the tokens c_n … c_{n+1}−1.
+        weight_grad: also return Σ_n G_n, the ordinary gradient, from the same pass.
+
+    Products are accumulated in float32. The same input gives the same bits, and a sample's score does not depend on its
+    neighbours in the batch. Differentiation through this op is not supported: its inputs are read as constants.
+
+    Raises:
+        TypeError: a tensor of another dtype. ValueError: shapes or offsets that do not fit.
+
+    Source: per-sample Fisher as in Liu et al., EMNLP 2024 (arXiv 2410.00131), step 1.
+    """
+    _check_pair("x", x, "grad_y", grad_y, cu_seqlens)
+    args = (x.detach(), grad_y.detach(), cu_seqlens, weight_grad)
+    match body_for(x):
+        case "reference":
+            scores, diag, grad = reference.fisher_diag(*args)
+        case "triton" if not torch.compiler.is_compiling():
+            from . import triton as body  # importing Triton costs time that CPU users need not pay
+
+            scores, diag, grad = body.fisher_diag(*args)  # past the Python op boundary: ~60 µs a call on the host
+        case _:
+            scores, diag, grad = torch.ops.fibecfed.fisher_diag(*args)
+    return FisherDiag(scores, diag, grad if weight_grad else None)
+
+
+@overload
+def lora_fisher_diag(
+    x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None, *, weight_grad: bool = False
+) -> LoraFisherDiag: ...
+
+
+@overload
+def lora_fisher_diag(
+    x: Tensor,
+    h: Sequence[Tensor],
+    grad_h: Sequence[Tensor],
+    grad_y: Sequence[Tensor],
+    cu_seqlens: Tensor | None = None,
+    *,
+    weight_grad: bool = False,
+) -> list[LoraFisherDiag]: ...
+
+
+def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False):  # type: ignore[no-untyped-def]
+    """:func:`fisher_diag` of both matrices of a LoRA pair y = B(A x), in one launch.
+
+    Args:
+        x: input of A, (N, T, d_in) or packed (total, d_in).
+        h: A x, the input of B, (…, r).
+        grad_h: gradient of the sum of the losses by h, (…, r).
+        grad_y: gradient of the sum of the losses by B's output (the LoRA scaling is downstream of it), (…, d_out).
+        cu_seqlens: see :func:`fisher_diag`.
+        weight_grad: also return the ordinary gradients of A and B.
+
+    ``h``, ``grad_h`` and ``grad_y`` may be lists of equal length: several LoRA modules that read the same ``x`` (query,
+    key, value of a block); ``r`` and ``d_out`` may differ between them. Then a list is returned.
+
+    Returns:
+        ``LoraFisherDiag(a=FisherDiag, b=FisherDiag)``, or a list of them.
+
+    Raises: as :func:`fisher_diag`.
+    """
+    several = not isinstance(h, Tensor)
+    hs, grad_hs, grad_ys = (list(t) if several else [t] for t in (h, grad_h, grad_y))
+    if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
+        raise ValueError(
+            f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, wanted equal lengths of at least 1"
+        )
+    for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
+        label = f"[{i}]" if several else ""
+        _check_pair("x", x, f"grad_h{label}", grad_h_m, cu_seqlens)
+        _check_pair(f"h{label}", h_m, f"grad_y{label}", grad_y_m, cu_seqlens)
+        if h_m.shape != grad_h_m.shape or h_m.dtype != x.dtype or h_m.device != x.device:
+            raise ValueError(
+                f"h{label}: {_describe(h_m)}, wanted the shape of grad_h{label} {tuple(grad_h_m.shape)} and dtype and "
+                f"device of x ({x.dtype}, {x.device})"
+            )
+    args = (
+        x.detach(),
+        [t.detach() for t in hs],
+        [t.detach() for t in grad_hs],
+        [t.detach() for t in grad_ys],
+        cu_seqlens,
+        weight_grad,
+    )
+    match body_for(x):
+        case "reference":
+            scores, diag, grad = reference.lora_fisher_diag(*args)
+        case "triton" if not torch.compiler.is_compiling():
+            from . import triton as body
+
+            scores, diag, grad = body.lora_fisher_diag(*args)
+        case _:
+            scores, diag, grad = torch.ops.fibecfed.lora_fisher_diag(*args)
+    results = []
+    offset = 0
+    for i, (h_m, grad_y_m) in enumerate(zip(hs, grad_ys, strict=True)):
+        pair = []
+        shapes = ((h_m.shape[-1], x.shape[-1]), (grad_y_m.shape[-1], h_m.shape[-1]))
+        for j, shape in enumerate(shapes):
+            end = offset + shape[0] * shape[1]
+            pair.append(
+                FisherDiag(
+                    scores[2 * i + j], diag[offset:end].view(shape), grad[offset:end].view(shape) if weight_grad else None
+                )
+            )
+            offset = end
+        results.append(LoraFisherDiag(*pair))
+    return results if several else results[0]
+
+
+def _describe(t: Tensor) -> str:
+    return f"{t.dtype} {tuple(t.shape)} on {t.device}"
+
+
+def _check_pair(x_name: str, x: Tensor, grad_name: str, grad: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted."""
+    for name, tensor in ((x_name, x), (grad_name, grad)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}, wanted a torch.Tensor")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: {_describe(tensor)}, wanted float32, bfloat16 or float16")
+    if grad.dtype != x.dtype or grad.device != x.device:
+        raise TypeError(f"{grad_name}: {_describe(grad)}, wanted the dtype and device of {x_name}: {_describe(x)}")
+    if cu_seqlens is None:
+        if x.dim() != 3:
+            raise ValueError(f"{x_name}: {_describe(x)}, wanted (N, T, features), or (total, features) with cu_seqlens")
+    elif x.dim() != 2:
+        raise ValueError(f"{x_name}: {_describe(x)}, wanted (total, features) since cu_seqlens is given")
+    if grad.dim() != x.dim() or grad.shape[:-1] != x.shape[:-1]:
+        wanted = ", ".join(map(str, x.shape[:-1]))
+        raise ValueError(f"{grad_name}: {_describe(grad)}, wanted ({wanted}, features) as {x_name} has")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, x)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens: {_describe(cu_seqlens)}, wanted int32 (N+1,) on {x.device}")
+    if torch.compiler.is_compiling():
+        return  # values are not known while tracing; the bodies never read past `total`
+    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == x.shape[0]) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type == "cuda":
+        torch._assert_async(good)  # a check that waited for the device would cost more than the op
+    elif not bool(good):
+        raise ValueError(f"cu_seqlens: values must rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}")
