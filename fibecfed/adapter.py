@@ -1,0 +1,240 @@
+"""FlatAdapter: one contiguous float32 buffer under all trainable parameters of a PEFT model.
+
+Changing the simulated device is one copy, the optimizer is one launch over the active rows, a layer is one slice, and
+packing is copying slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import groupby
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fibecfed_kernels import Entry, row_layout
+
+BLOCK = re.compile(r"^(?P<stack>.*?\.(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
+VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
+ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias")
+
+
+class BrokenViewsError(RuntimeError):
+    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters or gradients replaced."""
+
+
+class RowTable(NamedTuple):
+    """All rows of a flat adapter as int64 tensors (num_rows,): parameter (index into ``entries``), layer (−1: head),
+    row inside the parameter, offset and length in values."""
+
+    parameter: Tensor
+    layer: Tensor
+    row: Tensor
+    offset: Tensor
+    length: Tensor
+
+
+class FlatAdapter:
+    """Make every trainable parameter of ``model`` a view into ONE float32 buffer, gradients likewise.
+
+    Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's order
+    inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype become float32
+    (their modules' inputs are cast), as PEFT does for LoRA weights.
+
+    Attributes:
+        data: float32 nn.Parameter (numel,), the values; ``data.grad`` is ``grad``. grad: float32 (numel,).
+        entries: one :class:`fibecfed_kernels.Entry` a parameter. layers: block indices, ascending.
+        num_rows: number of rows (neurons). layout: int64 (lines, 4) for the update ops.
+
+    Raises ValueError when nothing is trainable, parameters are spread over devices, or two stacks of blocks (an encoder
+    and a decoder) would share indices. Anything that breaks the views later (``.to()``, ``.half()``, re-assigned
+    parameters, ``model.zero_grad()``) raises :class:`BrokenViewsError` at the next use; see :meth:`check`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("model: no trainable parameter; wrap it with peft.get_peft_model first")
+        devices = {p.device for _, p in named}
+        if len(devices) > 1:
+            raise ValueError(f"model: trainable parameters on {sorted(map(str, devices))}, wanted one device")
+        layers = _layers_of([name for name, _ in named])
+        named.sort(key=lambda item: (layers[item[0]] is None, layers[item[0]] or 0))  # stable: keeps the model's order
+
+        self.model = model
+        entries, offset = [], 0
+        for name, parameter in named:
+            entries.append(Entry(name, tuple(parameter.shape), offset, layers[name]))
+            offset += parameter.numel()
+        self.entries: tuple[Entry, ...] = tuple(entries)
+        self.layers: tuple[int, ...] = tuple(sorted({e.layer for e in entries if e.layer is not None}))
+        self.num_rows: int = sum(e.rows for e in entries)
+
+        buffer = torch.cat([p.detach().reshape(-1).float() for _, p in named])
+        self.data = nn.Parameter(buffer)
+        self.grad = torch.zeros_like(buffer)
+        self.data.grad = self.grad
+        self._parameters = [p for _, p in named]
+        for entry, parameter in zip(self.entries, self._parameters, strict=True):
+            if parameter.dtype != torch.float32:
+                _cast_inputs(model, entry.name)
+            span = slice(entry.offset, entry.offset + entry.numel)
+            parameter.grad = None
+            parameter.data = buffer[span].view(entry.shape)
+            parameter.grad = self.grad[span].view(entry.shape)
+        self.layout = row_layout(self.entries, buffer.device)
+        self._values = _slices([(e.layer, e.numel) for e in entries])
+        self._rows = _slices([(e.layer, e.rows) for e in entries])
+
+    @property
+    def numel(self) -> int:
+        """Number of trainable values."""
+        return self.data.numel()
+
+    def values(self, layer: int | None) -> slice:
+        """The slice of ``data`` that belongs to a transformer block; None: the head (empty if there is none)."""
+        return _pick(self._values, layer, self.layers)
+
+    def rows(self, layer: int | None) -> slice:
+        """The slice of rows (of a mask) that belongs to a transformer block; None: the head."""
+        return _pick(self._rows, layer, self.layers)
+
+    @cached_property
+    def row_lengths(self) -> Tensor:
+        """int64 (num_rows,): the number of values in each row."""
+        return self.layout[:, 3].repeat_interleave(self.layout[:, 2])
+
+    @cached_property
+    def table(self) -> RowTable:
+        """Parameter, layer, row, offset and length of every row."""
+        counts = torch.tensor([e.rows for e in self.entries])
+        parameter = torch.arange(len(self.entries)).repeat_interleave(counts)
+        layer = torch.tensor([-1 if e.layer is None else e.layer for e in self.entries])[parameter]
+        row = torch.cat([torch.arange(e.rows) for e in self.entries])
+        length = self.row_lengths.cpu()
+        return RowTable(parameter, layer, row, length.cumsum(0) - length, length)
+
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """What two ends must agree on: the base model's configuration (hashed) and the adapter's."""
+        config = getattr(self.model, "config", None)
+        described = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        stable = {k: v for k, v in described.items() if k not in VOLATILE_CONFIG}
+        digest = hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
+        adapters = {
+            name: {
+                **{key: _plain(getattr(c, key, None)) for key in ADAPTER_KEYS},
+                "target_modules": _plain(getattr(c, "target_modules", None)),
+            }
+            for name, c in getattr(self.model, "peft_config", {}).items()
+        }
+        return MappingProxyType(
+            {
+                "base_model": f"{described.get('model_type', type(self.model).__name__)}-{digest[:16]}",
+                "adapter": json.dumps(adapters, sort_keys=True),
+            }
+        )
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, keeping the views (``model.zero_grad()`` would drop them)."""
+        self.check(gradients=False)
+        for entry, parameter in zip(self.entries, self._parameters, strict=True):
+            if parameter.grad is None:
+                parameter.grad = self.grad[entry.offset : entry.offset + entry.numel].view(entry.shape)
+        self.data.grad = self.grad
+        self.check()
+        self.grad.zero_()
+
+    def copy_(self, values: Tensor) -> FlatAdapter:
+        """Overwrite all trainable values with ``values`` (numel,)."""
+        self.check(gradients=False)
+        if values.shape != self.data.shape:
+            raise ValueError(f"values: {tuple(values.shape)}, wanted {tuple(self.data.shape)}")
+        with torch.no_grad():
+            self.data.copy_(values)
+        return self
+
+    def check(self, gradients: bool = True) -> None:
+        """Raise :class:`BrokenViewsError`, naming the parameter, unless values (and gradients) still are views."""
+        data, grad = self.data.data_ptr(), self.grad.data_ptr()
+        for entry, parameter in zip(self.entries, self._parameters, strict=True):
+            if parameter.data_ptr() != data + 4 * entry.offset or parameter.dtype != torch.float32:
+                raise BrokenViewsError(
+                    f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was moved, cast or "
+                    "its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
+                )
+            if gradients and (parameter.grad is None or parameter.grad.data_ptr() != grad + 4 * entry.offset):
+                raise BrokenViewsError(
+                    f"{entry.name}: its gradient left the flat buffer; use flat.zero_grad() or the optimizer's zero_grad() in "
+                    "place of model.zero_grad()"
+                )
+        missing = self._replaced()
+        if missing:
+            raise BrokenViewsError(f"{missing} was replaced in the model after FlatAdapter(model); make a new FlatAdapter")
+
+    def _replaced(self) -> str | None:
+        """The name of a parameter object that is no longer the model's own, if any."""
+        for (owner, attribute), entry, parameter in zip(self._owners, self.entries, self._parameters, strict=True):
+            if owner._parameters.get(attribute) is not parameter:
+                return entry.name
+        return None
+
+    @cached_property
+    def _owners(self) -> list[tuple[nn.Module, str]]:
+        split = [entry.name.rpartition(".") for entry in self.entries]
+        return [(self.model.get_submodule(path), attribute) for path, _, attribute in split]
+
+
+def layer_of(name: str) -> int | None:
+    """The transformer block of a parameter by its name (``…layer.3.…``, ``…layers.3.…``, ``…h.3.…``), None: the head."""
+    match = BLOCK.match(name)
+    return int(match["index"]) if match else None
+
+
+def _layers_of(names: list[str]) -> dict[str, int | None]:
+    stacks = {match["stack"] for name in names if (match := BLOCK.match(name))}
+    if len(stacks) > 1:
+        raise ValueError(
+            f"model: trainable blocks in {len(stacks)} stacks ({', '.join(sorted(stacks))}), wanted one; a block index must be unique"
+        )
+    return {name: layer_of(name) for name in names}
+
+
+def _slices(sizes: list[tuple[int | None, int]]) -> dict[int | None, slice]:
+    slices, start = {}, 0
+    for layer, group in groupby(sizes, key=lambda item: item[0]):
+        stop = start + sum(size for _, size in group)
+        slices[layer] = slice(start, stop)
+        start = stop
+    slices.setdefault(None, slice(start, start))
+    return slices
+
+
+def _pick(slices: dict[int | None, slice], layer: int | None, known: tuple[int, ...]) -> slice:
+    if layer not in slices:
+        raise ValueError(f"layer: {layer}, wanted one of {list(known)} or None (the head)")
+    return slices[layer]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return value if value is None or isinstance(value, (str, int, float, bool, list)) else str(value)
+
+
+def _cast_inputs(model: nn.Module, name: str) -> None:
+    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now."""
+    module = model.get_submodule(name.rpartition(".")[0])
+
+    def cast(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+    if not getattr(module, "_fibecfed_float32", False):
+        module._fibecfed_float32 = True  # type: ignore[assignment]
+        module.register_forward_pre_hook(cast)

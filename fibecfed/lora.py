@@ -1,0 +1,77 @@
+"""The LoRA pairs of a PEFT model: finding them all, and refusing by name whatever a Fisher capture does not understand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+
+class UnsupportedModuleError(ValueError):
+    """A LoRA module whose per-sample Fisher information cannot be had; the message names it and says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    """One adapter of one LoRA linear: y = B(A x), with ``a`` (r, d_in) and ``b`` (d_out, r) as plain nn.Linear."""
+
+    name: str
+    a: nn.Linear
+    b: nn.Linear
+    a_name: str
+    b_name: str
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """All active LoRA pairs of ``model`` in its own order.
+
+    Raises UnsupportedModuleError naming the module for: a layer that is not a plain LoRA linear (embedding, convolution,
+    quantised), DoRA and other variants, merged, disabled or inactive adapters, a LoRA bias, a frozen A or B, a weight
+    shared by two modules. ValueError when there is no LoRA module at all.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError("model: no LoRA module found; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    pairs = [pair for name, module in layers for pair in _pairs_of(name, module)]
+    owners: dict[int, str] = {}
+    for pair in pairs:
+        for weight in (pair.a.weight, pair.b.weight):
+            other = owners.setdefault(id(weight), pair.name)
+            if other != pair.name:
+                raise UnsupportedModuleError(f"{pair.name}: shares a LoRA weight with {other}")
+    return pairs
+
+
+def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
+    def refuse(why: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError(f"{name}: {why}")
+
+    if type(module) is not LoraLinear:
+        raise refuse(f"{type(module).__module__}.{type(module).__name__} is not supported, only LoRA on nn.Linear is")
+    if module.merged:
+        raise refuse("its adapter is merged into the base weight; call model.unmerge_adapter() first")
+    if module.disable_adapters:
+        raise refuse("its adapters are disabled; call model.enable_adapter_layers() first")
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    idle = sorted(set(module.lora_A) - set(active))
+    if not active or any(_trainable(module, adapter) for adapter in idle):
+        raise refuse(f"adapter {', '.join(idle)} is there but not active; call model.set_adapter(...) or delete it")
+    for adapter in active:
+        if adapter in module.lora_variant or module.use_dora.get(adapter, False):
+            raise refuse(f"adapter {adapter!r} is a LoRA variant (DoRA or the like), which is not supported")
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        for label, linear in (("lora_A", a), ("lora_B", b)):
+            if type(linear) is not nn.Linear:
+                raise refuse(f"{label} of adapter {adapter!r} is a {type(linear).__name__}, wanted nn.Linear")
+            if linear.bias is not None:
+                raise refuse(f"{label} of adapter {adapter!r} has a bias, whose Fisher information is not supported")
+            if not linear.weight.requires_grad:
+                raise refuse(f"{label} of adapter {adapter!r} is frozen, so its Fisher information would be missing")
+        yield LoraPair(name, a, b, f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
+
+
+def _trainable(module: LoraLayer, adapter: str) -> bool:
+    return any(p.requires_grad for side in (module.lora_A, module.lora_B) for p in side[adapter].parameters())
