@@ -105,6 +105,10 @@ class FlatAdapter:
         """The slice of rows (of a mask) that belongs to a transformer block; None: the head."""
         return _pick(self._rows, layer, self.layers)
 
+    def named_views(self) -> list[tuple[Entry, nn.Parameter]]:
+        """(entry, the model's parameter that is a view of it), in the order of the buffer."""
+        return list(zip(self.entries, self._parameters, strict=True))
+
     @cached_property
     def row_lengths(self) -> Tensor:
         """int64 (num_rows,): the number of values in each row."""
@@ -176,7 +180,9 @@ class FlatAdapter:
                 )
         missing = self._replaced()
         if missing:
-            raise BrokenViewsError(f"{missing} was replaced in the model after FlatAdapter(model); make a new FlatAdapter")
+            raise BrokenViewsError(
+                f"{missing} was replaced in the model after FlatAdapter(model); make a new FlatAdapter"
+            )
 
     def _replaced(self) -> str | None:
         """The name of a parameter object that is no longer the model's own, if any."""

@@ -104,7 +104,9 @@ class capture_fisher:  # noqa: N801  used like torch.no_grad
             pair.b.forward = self._forward_b(pair, stash)  # type: ignore[method-assign]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for pair in self._pairs:
             del pair.a.forward, pair.b.forward
         if kind is None:

@@ -65,7 +65,9 @@ def row_layout(entries: Sequence[Entry], device: torch.device | str = "cpu", lin
     offset = first_row = 0
     for entry in entries:
         if entry.offset != offset:
-            raise ValueError(f"entry {entry.name!r} starts at {entry.offset}, wanted {offset}: entries must be contiguous")
+            raise ValueError(
+                f"entry {entry.name!r} starts at {entry.offset}, wanted {offset}: entries must be contiguous"
+            )
         step = max(1, line_numel // max(1, entry.row_length))
         for row in range(0, entry.rows, step):
             rows = min(step, entry.rows - row)

@@ -33,7 +33,9 @@ class LoraFisherDiag(NamedTuple):
     b: FisherDiag
 
 
-def fisher_diag(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None, *, weight_grad: bool = False) -> FisherDiag:
+def fisher_diag(
+    x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None, *, weight_grad: bool = False
+) -> FisherDiag:
     """Diagonal of the empirical Fisher information of W in y = x Wᵀ, true per sample.
 
     With G_n = Σ_t ∂y_{n,t} x_{n,t}ᵀ, the gradient of sample n's loss by W: ``scores[n] = ‖G_n‖²_F``,
@@ -146,7 +148,9 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
             end = offset + shape[0] * shape[1]
             pair.append(
                 FisherDiag(
-                    scores[2 * i + j], diag[offset:end].view(shape), grad[offset:end].view(shape) if weight_grad else None
+                    scores[2 * i + j],
+                    diag[offset:end].view(shape),
+                    grad[offset:end].view(shape) if weight_grad else None,
                 )
             )
             offset = end
@@ -180,7 +184,12 @@ def _check_pair(x_name: str, x: Tensor, grad_name: str, grad: Tensor, cu_seqlens
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.device != x.device:
+    if (
+        cu_seqlens.dtype != torch.int32
+        or cu_seqlens.dim() != 1
+        or cu_seqlens.numel() < 1
+        or cu_seqlens.device != x.device
+    ):
         raise ValueError(f"cu_seqlens: {_describe(cu_seqlens)}, wanted int32 (N+1,) on {x.device}")
     if torch.compiler.is_compiling():
         return  # values are not known while tracing; the bodies never read past `total`
@@ -188,4 +197,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     if cu_seqlens.device.type == "cuda":
         torch._assert_async(good)  # a check that waited for the device would cost more than the op
     elif not bool(good):
-        raise ValueError(f"cu_seqlens: values must rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}")
+        raise ValueError(
+            f"cu_seqlens: values must rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}"
+        )

@@ -19,7 +19,9 @@ def _samples(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> Iterator[t
             yield x[start:stop].float(), grad_y[start:stop].float()
 
 
-def fisher_diag(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, weight_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fisher_diag(
+    x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """scores (N,), diag (d_out, d_in), weight_grad (d_out, d_in) or empty; see the public op for the meaning."""
     shape = (grad_y.shape[-1], x.shape[-1])
     diag = torch.zeros(shape, dtype=torch.float32, device=x.device)

@@ -80,7 +80,9 @@ def masked_sgd_(
     Raises: as :func:`masked_adamw_`.
     """
     _check_hyper("momentum", momentum, momentum >= 0.0, "momentum ≥ 0")
-    _check_hyper("nesterov", nesterov, not nesterov or (momentum > 0.0 and dampening == 0.0), "momentum > 0 and dampening 0")
+    _check_hyper(
+        "nesterov", nesterov, not nesterov or (momentum > 0.0 and dampening == 0.0), "momentum > 0 and dampening 0"
+    )
     if momentum_buffer is None:
         if momentum != 0.0:
             raise ValueError(f"momentum_buffer: None, wanted float32 ({data.numel()},) since momentum is {momentum}")
@@ -132,7 +134,9 @@ def _check_common(
         "layout": (layout, torch.int64, (layout.shape[0] if layout.dim() else 0, 4)),
     }
     for name, (tensor, dtype, shape) in wanted.items():
-        what = f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, wanted {dtype} {shape} on {data.device}"
+        what = (
+            f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, wanted {dtype} {shape} on {data.device}"
+        )
         if tensor.dtype != dtype:
             raise TypeError(what)
         if tuple(tensor.shape) != shape or tensor.device != data.device:

@@ -1,0 +1,101 @@
+"""Everything a run stands on, built from a configuration: data, partition, model, buffer, devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .adapter import FlatAdapter
+from .batches import Encoded, encode
+from .client import Device
+from .config import RunConfig
+from .data import Task, load_task
+from .models import LoadedModel, load_model
+from .partition import partition, split_like
+
+
+@dataclass
+class Federation:
+    """The task, the one model of the process with its flat buffer, the encoded samples, and the devices."""
+
+    config: RunConfig
+    task: Task
+    loaded: LoadedModel
+    flat: FlatAdapter
+    train: Encoded
+    test: Encoded
+    devices: list[Device]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """n_k of every device."""
+        return np.array([device.size for device in self.devices])
+
+    @property
+    def majority(self) -> float:
+        """Accuracy on the test set of always answering the training set's most frequent class."""
+        most = np.bincount(self.task.train.labels).argmax()
+        return float((self.task.test.labels == most).mean())
+
+    def own_majority(self, device: Device) -> float:
+        """Best accuracy that one constant answer reaches on the device's own test samples."""
+        return float(np.bincount(self.task.test.labels[device.test]).max() / len(device.test))
+
+
+def build(config: RunConfig) -> Federation:
+    """Load data and model, divide the data over the devices. Raises the rooms' own errors for what does not fit."""
+    data, split = config.data, config.partition
+    task = load_task(
+        data.source,
+        text=data.text,
+        pair=data.pair,
+        label=data.label,
+        key=data.key,
+        test=data.test,
+        test_fraction=data.test_fraction,
+        max_train=data.max_train,
+        max_test=data.max_test,
+        seed=config.seed,
+    )
+    parts = partition(
+        task.train.labels,
+        devices=split.devices,
+        scheme=split.scheme,
+        keys=task.train.keys,
+        alpha=split.alpha,
+        size_alpha=split.size_alpha,
+        min_size=split.min_size,
+        seed=config.seed,
+    )
+    tests = split_like(task.train.labels, parts, task.test.labels, seed=config.seed)
+    model = config.model
+    loaded = load_model(
+        model.source,
+        num_classes=len(task.classes),
+        rank=model.rank,
+        alpha=model.alpha,
+        dropout=model.dropout,
+        rslora=model.rslora,
+        targets=model.targets,
+        dtype=model.dtype,
+        seed=config.seed,
+    )
+    loaded.model.to(pick_device(model.device))
+    return Federation(
+        config=config,
+        task=task,
+        loaded=loaded,
+        flat=FlatAdapter(loaded.model),
+        train=encode(task.train, loaded.tokenizer, data.max_tokens),
+        test=encode(task.test, loaded.tokenizer, data.max_tokens),
+        devices=[Device(k, train, test) for k, (train, test) in enumerate(zip(parts, tests, strict=True))],
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA when there is one, else the CPU; anything else is what torch.device takes."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,118 @@
+"""The initialization phase: layer sensitivities, the lossless rule, the GAL (steps 3 and 4), eager scores if asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import layers, lossless
+from .client import Client, Device
+from .federation import Federation
+from .scoring import classification_loss
+from .seeds import stream, torch_stream
+from .stopwatch import Stopwatch
+
+OnPhase = Callable[[str, int, int], None]
+SCALAR_BYTES = 8  # a sensitivity or a kept share travels as one float64
+
+
+@dataclass
+class Choice:
+    """What the initialization phase decided, and why."""
+
+    gal: tuple[int, ...]
+    sensitivity: dict[int, float] = field(default_factory=dict)
+    lossless: dict[str, Any] = field(default_factory=dict)
+    bytes_up: int = 0
+
+
+def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: OnPhase) -> Choice:
+    """Steps 3 and 4: I_l of every layer as the n_k-weighted mean over the devices, the number N, and the N best layers."""
+    gal, available = fed.config.gal, fed.flat.layers
+    if gal.selection == "all":
+        return Choice(gal=available)
+    choice = Choice(gal=())
+    if gal.selection == "sensitive":
+        with watch.phase("sensitivity"):
+            sensitivity = _sensitivity(fed, client, on_phase)
+        choice.sensitivity = {layer: float(value) for layer, value in zip(available, sensitivity.tolist(), strict=True)}
+        choice.bytes_up += SCALAR_BYTES * len(available) * len(fed.devices)
+    if gal.count is not None:
+        count = min(gal.count, len(available))
+    elif gal.fraction is not None:
+        count = max(1, round(gal.fraction * len(available)))
+    else:
+        with watch.phase("lossless"):
+            choice.lossless = _lossless(fed, client, on_phase)
+        count = choice.lossless["count"]
+        choice.bytes_up += SCALAR_BYTES * len(choice.lossless["devices"])
+    if gal.selection == "sensitive":
+        best = layers.choose_gal(torch.tensor(list(choice.sensitivity.values()), dtype=torch.float64), count)
+        choice.gal = tuple(sorted(available[i] for i in best))
+    elif gal.selection == "random":
+        choice.gal = tuple(sorted(stream(fed.config.seed, "gal").choice(available, size=count, replace=False).tolist()))
+    else:
+        choice.gal = available[:count] if gal.selection == "first" else available[-count:]
+    return choice
+
+
+def _sensitivity(fed: Federation, client: Client, on_phase: OnPhase) -> Tensor:
+    norm = math.inf if str(fed.config.gal.norm) == "inf" else float(fed.config.gal.norm)
+    values = []
+    for done, device in enumerate(fed.devices):
+        on_phase("sensitivity", done, len(fed.devices))
+        batch = client.batch(fed.train, _one_batch(fed, device, fed.config.gal.sensitivity_batch))
+        values.append(layers.sensitivity(fed.flat.model, batch, norm=norm, gamma=fed.config.gal.gamma))
+    on_phase("sensitivity", len(fed.devices), len(fed.devices))
+    every = layers.combine(values, fed.sizes)
+    return every[list(fed.flat.layers)]
+
+
+def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, Any]:
+    settings, seed = fed.config.gal, fed.config.seed
+    asked = min(settings.lanczos_devices, len(fed.devices))
+    chosen = sorted(stream(seed, "lossless").choice(len(fed.devices), size=asked, replace=False).tolist())
+    decisions = []
+    for done, k in enumerate(chosen):
+        on_phase("lossless", done, asked)
+        batch = client.batch(fed.train, _one_batch(fed, fed.devices[k], settings.lanczos_batch))
+
+        def loss(batch: dict[str, Tensor] = batch) -> Tensor:
+            return classification_loss(fed.flat.model, batch).mean()
+
+        decisions.append(
+            lossless.device_decision(
+                fed.flat, loss, steps=settings.lanczos_steps, generator=torch_stream(seed, "lanczos", k)
+            )
+        )
+    on_phase("lossless", asked, asked)
+    count = lossless.combine_decisions(
+        decisions, [fed.devices[k].size for k in chosen], len(fed.flat.layers), settings.default_share
+    )
+    return {
+        "count": count,
+        "found": any(d.found for d in decisions),
+        "default_share": settings.default_share,
+        "devices": {str(k): d.to_record() for k, d in zip(chosen, decisions, strict=True)},
+    }
+
+
+def _one_batch(fed: Federation, device: Device, size: int) -> np.ndarray:
+    draw = stream(fed.config.seed, "one-batch", device.index)
+    return draw.choice(device.train, size=min(size, device.size), replace=False)
+
+
+def score_all(fed: Federation, client: Client, watch: Stopwatch, on_phase: OnPhase) -> None:
+    """Steps 1, 2 and 5 before round 1, on every device (the paper's way; the lazy way scores at the first participation)."""
+    total, done = int(fed.sizes.sum()), 0
+    with watch.phase("score"):
+        for device in fed.devices:
+            client.score(device)
+            done += device.size
+            on_phase("score", done, total)

@@ -1,0 +1,82 @@
+"""What the server does: hold the GAL and the head, draw devices, broadcast, average. And the store of local layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fibecfed_kernels import WirePlan, aggregate
+
+from .adapter import FlatAdapter
+from .seeds import stream
+
+
+class Server:
+    """Holds the travelling part of the adapter as one float32 vector; everything that leaves it is a wire message."""
+
+    def __init__(self, flat: FlatAdapter, gal: Sequence[int], dtype: str, seed: int) -> None:
+        self.plan = WirePlan(flat, gal, dtype=dtype)
+        self.values = self.plan.gather(flat)
+        self._flat = flat
+        self._seed = seed
+
+    def draw(self, round_: int, devices: int, per_round: int) -> list[int]:
+        """Step 6: the devices of a round, uniformly without replacement, by the seed and the round alone."""
+        return sorted(stream(self._seed, "draw", round_).choice(devices, size=per_round, replace=False).tolist())
+
+    def broadcast(self, round_: int) -> Tensor:
+        """The message with GAL and head that every device of the round gets (uint8)."""
+        self.put()
+        return self.plan.pack(self._flat, round=round_, num_samples=0)
+
+    def put(self) -> None:
+        """Write GAL and head into the buffer."""
+        self._flat.check(gradients=False)
+        self.plan.scatter_(self.values, self._flat)
+
+    def average(self, uploads: Iterable[Tensor], weights: Sequence[float]) -> None:
+        """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they arrive."""
+        self.values = aggregate(self.plan, uploads, weights)
+
+
+class LocalStore:
+    """The local layers of all devices: row k is what device k keeps between its rounds, float32 (devices, local values)."""
+
+    def __init__(self, flat: FlatAdapter, gal: Sequence[int], devices: int) -> None:
+        self._flat = flat
+        self._slices = [flat.values(layer) for layer in flat.layers if layer not in set(gal)]
+        self.initial = self._gather()
+        self.rows = self.initial.expand(devices, -1).clone()
+
+    def _gather(self) -> Tensor:
+        parts = [self._flat.data.detach()[s] for s in self._slices]
+        return torch.cat(parts) if parts else self._flat.data.detach().new_zeros(0)
+
+    def load(self, device: int) -> None:
+        """Write device's local layers into the buffer."""
+        self._put(self.rows[device])
+
+    def save(self, device: int) -> None:
+        """Keep the buffer's local layers as the device's."""
+        self.rows[device] = self._gather()
+
+    def reset(self) -> None:
+        """Write the initial local layers into the buffer: the global model has no other."""
+        self._put(self.initial)
+
+    def _put(self, values: Tensor) -> None:
+        self._flat.check(gradients=False)
+        start = 0
+        with torch.no_grad():
+            for s in self._slices:
+                stop = start + s.stop - s.start
+                self._flat.data[s] = values[start:stop]
+                start = stop
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int] | np.ndarray) -> float:
+    """Σ_k w_k v_k / Σ_k w_k."""
+    return float(np.average(np.asarray(values, dtype=np.float64), weights=np.asarray(weights, dtype=np.float64)))

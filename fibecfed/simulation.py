@@ -1,0 +1,255 @@
+"""run(config): federated fine-tuning over simulated devices, in one process on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import curriculum
+from .client import Client, Device, TrainResult
+from .config import RunConfig, dump_config
+from .evaluation import measures
+from .export import export_adapter
+from .federation import Federation, build
+from .initialization import Choice, choose_layers, score_all
+from .record import EndRecord, InitRecord, Observer, RecordWriter, RoundRecord, RunRecord, SilentObserver, new_run_dir
+from .server import LocalStore, Server, weighted_mean
+from .stopwatch import Stopwatch
+
+
+def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
+    """Fine-tune ``config.model`` on ``config.data`` over ``config.partition.devices`` simulated devices with FibecFed.
+
+    Writes ``<out>/<name>/``: config.toml as resolved, record.jsonl (initialization, one line a round, end), adapter/ (loads
+    with PeftModel.from_pretrained) and plots. Nothing is written before data, model and partition are known to fit.
+
+    Returns the record, which is the same for the same configuration on the same machine, timings aside.
+
+    Raises ConfigError, DataError, PartitionError, ModelError (all ValueError) for what does not fit; FloatingPointError
+    when training diverges.
+
+    Source: FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131), steps 1-9.
+    """
+    return _Simulation(config, observer or SilentObserver()).run()
+
+
+class _Simulation:
+    def __init__(self, config: RunConfig, observer: Observer) -> None:
+        self.config, self.observer, self.watch = config, observer, Stopwatch()
+        with self.watch.phase("load"):
+            self.fed: Federation = build(config)
+        self.flat = self.fed.flat
+        self.store: LocalStore
+        self.server: Server
+        self.initial_head = self.flat.data.detach().clone()
+
+    def run(self) -> RunRecord:
+        config, fed = self.config, self.fed
+        path = new_run_dir(Path(config.out), config.run_name)
+        (path / "config.toml").write_text(dump_config(config))
+        info = {
+            "path": str(path),
+            "devices": len(fed.devices),
+            "train": len(fed.task.train),
+            "test": len(fed.task.test),
+        }
+        self.observer.on_start(config, config.train.rounds, info)
+        with RecordWriter(path) as writer:
+            init = self._initialize()
+            writer.write(init)
+            self.observer.on_init(init)
+            rounds = []
+            for t in range(1, config.train.rounds + 1):
+                rounds.append(self._round(t))
+                writer.write(rounds[-1])
+                self.observer.on_round(rounds[-1])
+            end = self._finish(path, init, rounds)
+            writer.write(end)
+        record = RunRecord(config=config, init=init, rounds=tuple(rounds), end=end, path=path)
+        from .report import write_plots  # matplotlib is slow to import and nothing before needs it
+
+        write_plots(record, path)
+        self.observer.on_end(end)
+        return record
+
+    # -- initialization phase ------------------------------------------------------------------------------------
+
+    def _initialize(self) -> InitRecord:
+        config, fed = self.config, self.fed
+        self.client = Client(self.flat, fed.train, fed.test, config, gal=self.flat.layers)
+        with self.watch.phase("init"):
+            choice: Choice = choose_layers(fed, self.client, self.watch, self.observer.on_phase)
+            self.client.gal = choice.gal
+            if not config.curriculum.lazy and self.client.needs_scores:
+                score_all(fed, self.client, self.watch, self.observer.on_phase)
+        self.server = Server(self.flat, choice.gal, config.wire.dtype, config.seed)
+        self.store = LocalStore(self.flat, choice.gal, len(fed.devices))
+        return self._init_record(choice)
+
+    def _init_record(self, choice: Choice) -> InitRecord:
+        fed = self.fed
+        scored = [d.scores for d in fed.devices if d.scores is not None]
+        scores = np.concatenate(scored) if scored else np.zeros(0)
+        mask = self.client.mask(fed.devices[0])
+        labels = fed.task.train.labels
+        return InitRecord.from_scores(
+            scores,
+            sensitivity=choice.sensitivity,
+            lossless=choice.lossless,
+            gal=list(choice.gal),
+            rows_active=int(mask.sum()),
+            rows_total=self.flat.num_rows,
+            masks={
+                layer: [int(mask[self.flat.rows(layer)].sum()), len(mask[self.flat.rows(layer)])]
+                for layer in self.flat.layers
+            },
+            seconds=self.watch.take(),
+            bytes_up=choice.bytes_up,
+            bytes_down=0,
+            majority=fed.majority,
+            personal_majority=weighted_mean([fed.own_majority(d) for d in fed.devices], fed.sizes),
+            devices=[
+                {"size": d.size, "labels": np.bincount(labels[d.train], minlength=len(fed.task.classes)).tolist()}
+                for d in fed.devices
+            ],
+        )
+
+    # -- tuning phase --------------------------------------------------------------------------------------------
+
+    def _round(self, t: int) -> RoundRecord:
+        config, fed, plan = self.config, self.fed, self.server.plan
+        drawn = [fed.devices[k] for k in self.server.draw(t, len(fed.devices), config.train.per_round)]
+        share = self._share(t)
+        results = []
+
+        def uploads(broadcast: Tensor) -> Iterator[Tensor]:
+            for device in drawn:
+                with self.watch.phase("pack"):
+                    plan.load(broadcast, self.flat, round=t)
+                    self.store.load(device.index)
+                self._score_if_new(device)
+                with self.watch.phase("train"):
+                    results.append(self._train(device, t, share, len(drawn)))
+                with self.watch.phase("pack"):
+                    self.store.save(device.index)
+                    message = plan.pack(self.flat, round=t, num_samples=device.size)
+                yield message
+
+        with self.watch.phase("pack"):
+            broadcast = self.server.broadcast(t)
+        with self.watch.phase("aggregate"):
+            self.server.average(uploads(broadcast), [device.size for device in drawn])
+        evaluated = t % config.eval.every == 0 or t == config.train.rounds
+        accuracies = self._evaluate() if evaluated else {}
+        up, down = len(drawn) * plan.nbytes, len(drawn) * plan.nbytes
+        samples = sum(result.samples for result in results)
+        return RoundRecord(
+            round=t,
+            devices=[device.index for device in drawn],
+            loss=sum(result.loss * result.samples for result in results) / max(1, samples),
+            data_share=share,
+            samples=samples,
+            layers_active=len(self.client.gal),
+            rows_active=round(float(np.mean([result.rows for result in results]))),
+            rows_total=self.flat.num_rows,
+            bytes_up=up,
+            bytes_down=down,
+            seconds=self.watch.take(),
+            modelled_seconds=self._link_seconds(plan.nbytes),
+            elapsed=self.watch.elapsed,
+            **accuracies,
+        )
+
+    def _share(self, t: int) -> float:
+        chosen = self.config.curriculum
+        if not chosen.enabled:
+            return 1.0
+        return curriculum.pacing(
+            chosen.pacing,
+            t,
+            self.config.train.rounds,
+            alpha=chosen.end,
+            beta=chosen.start,
+            p=chosen.p,
+            steps=chosen.steps,
+        )
+
+    def _score_if_new(self, device: Device) -> None:
+        if device.scores is None and self.client.needs_scores:
+            with self.watch.phase("init"):
+                done = 0
+
+                def count(samples: int) -> None:
+                    nonlocal done
+                    done += samples
+                    self.observer.on_phase(f"score device {device.index}", done, device.size)
+
+                self.client.score(device, count)
+
+    def _train(self, device: Device, t: int, share: float, drawn: int) -> TrainResult:
+        total = self.config.train.epochs * max(1, round(share * device.size))
+        done = 0
+
+        def count(samples: int) -> None:
+            nonlocal done
+            done += samples
+            self.observer.on_phase(f"round {t}: device {device.index}", min(done, total), total)
+
+        result = self.client.train(device, t, share, count)
+        if not np.isfinite(result.loss):
+            raise FloatingPointError(f"round {t}, device {device.index}: the loss is {result.loss}; lower train.lr")
+        return result
+
+    def _link_seconds(self, nbytes: int) -> float:
+        """Modelled time of a round's exchange: devices in parallel, each down and up once at the configured link."""
+        wire = self.config.wire
+        return 2 * wire.latency_ms / 1e3 + 8 * nbytes * (1 / wire.up_mbit + 1 / wire.down_mbit) / 1e6
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Global accuracy (local layers at their initial value) and personal accuracy (each device's own model)."""
+        fed = self.fed
+        labels, classes = fed.task.test.labels, len(fed.task.classes)
+        with self.watch.phase("evaluate"):
+            self.server.put()
+            self.store.reset()
+            predicted = self.client.predict(np.arange(len(labels)))
+            measured = measures(labels, predicted, classes)
+            found: dict[str, Any] = {"global_accuracy": measured.pop("accuracy"), "global_metrics": measured}
+            if self.config.eval.personal:
+                found["personal_accuracy"] = weighted_mean([self._own_accuracy(d) for d in fed.devices], fed.sizes)
+        return found
+
+    def _own_accuracy(self, device: Device) -> float:
+        self.observer.on_phase("evaluate", device.index + 1, len(self.fed.devices))
+        self.store.load(device.index)
+        return float((self.client.predict(device.test) == self.fed.task.test.labels[device.test]).mean())
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self, path: Path, init: InitRecord, rounds: list[RoundRecord]) -> EndRecord:
+        with self.watch.phase("export"):
+            exported = export_adapter(self.fed, self.server, self.store, path / "adapter")
+        accuracies = {"global_accuracy": rounds[-1].global_accuracy, "personal_accuracy": rounds[-1].personal_accuracy}
+        scored = [d.scores for d in self.fed.devices if d.scores is not None]
+        every = [init, *rounds]
+        seconds: dict[str, float] = {}
+        for part in [*(r.seconds for r in every), self.watch.take()]:
+            for phase, value in part.items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        return EndRecord.from_scores(
+            np.concatenate(scored) if scored else np.zeros(0),
+            **accuracies,
+            majority=init.majority,
+            personal_majority=init.personal_majority,
+            bytes_up=sum(r.bytes_up for r in every) + exported.bytes_up,
+            bytes_down=sum(r.bytes_down for r in every),
+            seconds=seconds,
+            adapter="adapter",
+        )

@@ -1,0 +1,167 @@
+"""Whatever capture_fisher does not understand is refused by name: each guard fires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from fibecfed import FisherCaptureError, UnsupportedModuleError, capture_fisher
+from tests.fibecfed.tiny import base, batch, tiny
+
+
+def run(model: nn.Module) -> None:
+    with capture_fisher(model):
+        model(**batch()).loss.backward()
+
+
+def merged() -> nn.Module:
+    model = tiny()
+    model.merge_adapter()
+    return model
+
+
+def disabled() -> nn.Module:
+    model = tiny()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def inactive() -> nn.Module:
+    model = tiny()
+    model.add_adapter("other", LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
+    model.base_model.model.bert.encoder.layer[1].attention.self.query._active_adapter = []
+    return model
+
+
+def frozen(side: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = tiny()
+        query = model.base_model.model.bert.encoder.layer[1].attention.self.query
+        getattr(query, side)["default"].weight.requires_grad_(False)
+        return model
+
+    return make
+
+
+def shared() -> nn.Module:
+    model = tiny()
+    first, second = (model.base_model.model.bert.encoder.layer[i].attention.self.query for i in (0, 1))
+    second.lora_A["default"].weight = first.lora_A["default"].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: tiny(use_dora=True), r"query.*variant"),
+        (merged, r"query.*merged"),
+        (disabled, r"query.*disabled"),
+        (inactive, r"layer\.1\.attention\.self\.query.*not active"),
+        (frozen("lora_A"), r"layer\.1\.attention\.self\.query.*lora_A.*frozen"),
+        (frozen("lora_B"), r"layer\.1\.attention\.self\.query.*lora_B.*frozen"),
+        (lambda: tiny(lora_bias=True), r"query.*bias"),
+        (lambda: tiny(target_modules=["query", "word_embeddings"]), r"word_embeddings.*Embedding.*not supported"),
+        (shared, r"layer\.1\.attention\.self\.query.*shares"),
+    ],
+    ids=["dora", "merged", "disabled", "inactive", "frozen-a", "frozen-b", "bias", "embedding", "shared"],
+)
+def test_a_module_that_is_not_understood_is_refused_by_name(make: Callable[[], nn.Module], match: str) -> None:
+    with pytest.raises(UnsupportedModuleError, match=match):
+        run(make())
+
+
+def test_a_model_without_lora_is_refused() -> None:
+    with pytest.raises(ValueError, match="no LoRA module"):
+        run(base("bert"))
+
+
+class Twice(nn.Module):
+    """Uses one linear twice; ``second`` may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, times: int, second: bool) -> Tensor:
+        for _ in range(times):
+            x = self.first(x)
+        return self.second(x) if second else x
+
+
+def twice() -> nn.Module:
+    model = get_peft_model(Twice(), LoraConfig(r=2, target_modules=["first", "second"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(p)
+    return model
+
+
+def test_a_module_used_twice_in_one_forward_is_refused() -> None:
+    model = twice()
+    with pytest.raises(FisherCaptureError, match=r"first: seen twice"), capture_fisher(model):
+        model(torch.randn(3, 4), times=2, second=True).sum().backward()
+
+
+def test_a_module_that_was_not_used_is_refused() -> None:
+    model = twice()
+    with pytest.raises(FisherCaptureError, match=r"1 of 2 .*second"), capture_fisher(model):
+        model(torch.randn(3, 4), times=1, second=False).sum().backward()
+
+
+def test_two_backward_passes_in_one_block_are_refused() -> None:
+    model = twice()
+    with pytest.raises(FisherCaptureError, match="seen twice"), capture_fisher(model):
+        for _ in range(2):
+            model(torch.randn(3, 4), times=1, second=True).sum().backward()
+
+
+def test_a_forward_outside_the_block_is_refused() -> None:
+    model = tiny()
+    loss = model(**batch()).loss
+    with pytest.raises(FisherCaptureError, match="forward and backward inside"), capture_fisher(model):
+        loss.backward()
+
+
+class Regrouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).reshape(-1, 2, 4))
+
+
+def test_modules_that_disagree_on_the_number_of_samples_are_refused() -> None:
+    model = get_peft_model(Regrouped(), LoraConfig(r=2, target_modules=["first", "second"]))
+    with (
+        pytest.raises(FisherCaptureError, match=r"saw 2 samples where .*first saw 4|saw 4 samples where .* saw 2"),
+        capture_fisher(model),
+    ):
+        model(torch.randn(4, 4)).sum().backward()
+
+
+def test_blocks_do_not_nest() -> None:
+    model = tiny()
+    with capture_fisher(model) as outer:
+        with pytest.raises(FisherCaptureError, match="nested"), capture_fisher(model):
+            pass
+        model(**batch()).loss.backward()
+    assert torch.isfinite(outer.scores).all()
+
+
+def test_results_before_the_end_of_the_block_are_refused() -> None:
+    model = tiny()
+    with capture_fisher(model) as fisher:
+        with pytest.raises(FisherCaptureError, match="not there yet"):
+            _ = fisher.scores
+        model(**batch()).loss.backward()
+
+
+@pytest.mark.parametrize("bad", [{"reduction": "none"}, {"loss_scale": 0.0}])
+def test_bad_arguments_are_refused_by_name(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        capture_fisher(tiny(), **bad)  # type: ignore[arg-type]

@@ -1,0 +1,142 @@
+"""MaskedAdamW and MaskedSGD as torch optimizers on a real adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from fibecfed import BrokenViewsError, FlatAdapter, MaskedAdamW, MaskedSGD
+from tests.fibecfed.tiny import batch, tiny
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: int, scheduler: Any = None) -> None:
+    for i in range(steps):
+        optimizer.zero_grad()
+        model(**batch(seed=i)).loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_all_rows_active_trains_as_torch_does_with_a_scheduler(kind: str) -> None:
+    ours, theirs = tiny(), tiny()
+    flat = FlatAdapter(ours)
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    if kind == "adamw":
+        mine: torch.optim.Optimizer = MaskedAdamW(flat, lr=1e-2, weight_decay=0.1)
+        reference: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    else:
+        mine = MaskedSGD(flat, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1)
+        reference = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1)
+    for model, optimizer in ((ours, mine), (theirs, reference)):
+        train(model, optimizer, 10, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
+    named = dict(theirs.named_parameters())
+    for entry, parameter in flat.named_views():
+        torch.testing.assert_close(parameter, named[entry.name], rtol=1e-4, atol=1e-6)
+
+
+def half_mask(flat: FlatAdapter) -> torch.Tensor:
+    mask = torch.zeros(flat.num_rows, dtype=torch.bool)
+    mask[::2] = True
+    return mask
+
+
+def test_inactive_rows_stand_still_and_active_ones_move() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    mask = half_mask(flat)
+    optimizer = MaskedAdamW(flat, mask, lr=1e-2, weight_decay=0.1)
+    before = flat.data.detach().clone()
+    train(model, optimizer, 3)
+    active = mask.repeat_interleave(flat.row_lengths)
+    assert torch.equal(flat.data.detach()[~active], before[~active])
+    assert (flat.data.detach()[active] != before[active]).float().mean() > 0.99
+    state = optimizer.state[flat.data]
+    assert state["exp_avg"][~active].abs().max() == 0
+    assert state["step"].tolist() == (3 * mask.int()).tolist()
+
+
+def test_state_dict_resumes_bit_for_bit_with_its_mask() -> None:
+    model, twin = tiny(), tiny()
+    flat, other = FlatAdapter(model), FlatAdapter(twin)
+    optimizer = MaskedAdamW(flat, half_mask(flat), lr=1e-2)
+    train(model, optimizer, 3)
+    other.copy_(flat.data.detach())
+    resumed = MaskedAdamW(other, lr=5.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(resumed.mask, optimizer.mask)
+    assert resumed.state[other.data]["step"].dtype == torch.int32
+    train(model, optimizer, 2)
+    train(twin, resumed, 2)
+    assert torch.equal(other.data, flat.data)
+
+
+def test_a_changed_mask_keeps_every_rows_own_step_count() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    mask = half_mask(flat)
+    optimizer = MaskedAdamW(flat, mask)
+    train(model, optimizer, 2)
+    optimizer.set_mask(~mask)
+    train(model, optimizer, 1)
+    assert optimizer.state[flat.data]["step"].tolist() == torch.where(mask, 2, 1).tolist()
+
+
+def test_grad_scaler_unscales_and_skips_overflow() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    optimizer = MaskedSGD(flat, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    model(**batch()).loss.backward()
+    plain = flat.grad.clone()
+    optimizer.zero_grad()
+    before = flat.data.detach().clone()
+    scaler.scale(model(**batch()).loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(flat.data.detach(), before - plain, rtol=1e-5, atol=1e-7)
+    before = flat.data.detach().clone()
+    scaler.scale(model(**batch()).loss).backward()
+    flat.grad[0] = float("inf")
+    scaler.step(optimizer)
+    assert torch.equal(flat.data, before)
+
+
+def test_step_refuses_broken_views() -> None:
+    model = tiny()
+    optimizer = MaskedAdamW(FlatAdapter(model))
+    model.double()
+    with pytest.raises(BrokenViewsError):
+        optimizer.step()
+
+
+def test_a_closure_is_run_with_gradients() -> None:
+    model = tiny()
+    optimizer = MaskedSGD(FlatAdapter(model), lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        return float(loss)
+
+    assert optimizer.step(closure) == pytest.approx(float(tiny()(**batch()).loss))
+
+
+def test_bad_arguments_are_refused_by_name() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    with pytest.raises(ValueError, match="mask"):
+        MaskedAdamW(flat, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="flat"):
+        MaskedAdamW(model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="state_dict"):
+        state = MaskedAdamW(flat)
+        train(model, state, 1)
+        MaskedAdamW(FlatAdapter(tiny(r=5))).load_state_dict(state.state_dict())
+    with pytest.raises(ValueError, match="betas"):
+        MaskedAdamW(flat, betas=(1.0, 0.9)).step()
