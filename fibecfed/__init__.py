@@ -38,7 +38,8 @@ _LAZY = {"RunConfig": "config", "RunRecord": "record", "run": "simulation"}
 
 
 def __getattr__(name: str) -> Any:
-    """The driver's names on first use: they bring datasets and pydantic, which someone with a loop of their own need not load."""
+    """The driver's names on first use: they bring datasets and pydantic, which someone with a loop of their own need
+    not load."""
     if name not in _LAZY:
         raise AttributeError(f"module 'fibecfed' has no attribute {name!r}")
     from importlib import import_module

@@ -26,7 +26,8 @@ ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_
 
 
 class BrokenViewsError(RuntimeError):
-    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters or gradients replaced."""
+    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters or gradients
+    replaced."""
 
 
 class RowTable(NamedTuple):
@@ -43,9 +44,9 @@ class RowTable(NamedTuple):
 class FlatAdapter:
     """Make every trainable parameter of ``model`` a view into ONE float32 buffer, gradients likewise.
 
-    Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's order
-    inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype become float32
-    (their modules' inputs are cast), as PEFT does for LoRA weights.
+    Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's
+    order inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype
+    become float32 (their modules' inputs are cast), as PEFT does for LoRA weights.
 
     Attributes:
         data: float32 nn.Parameter (numel,), the values; ``data.grad`` is ``grad``. grad: float32 (numel,).
@@ -170,13 +171,13 @@ class FlatAdapter:
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.data_ptr() != data + 4 * entry.offset or parameter.dtype != torch.float32:
                 raise BrokenViewsError(
-                    f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was moved, cast or "
-                    "its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
+                    f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was "
+                    "moved, cast or its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
                 )
             if gradients and (parameter.grad is None or parameter.grad.data_ptr() != grad + 4 * entry.offset):
                 raise BrokenViewsError(
-                    f"{entry.name}: its gradient left the flat buffer; use flat.zero_grad() or the optimizer's zero_grad() in "
-                    "place of model.zero_grad()"
+                    f"{entry.name}: its gradient left the flat buffer; use flat.zero_grad() or the optimizer's "
+                    "zero_grad() in place of model.zero_grad()"
                 )
         missing = self._replaced()
         if missing:
@@ -198,7 +199,8 @@ class FlatAdapter:
 
 
 def layer_of(name: str) -> int | None:
-    """The transformer block of a parameter by its name (``…layer.3.…``, ``…layers.3.…``, ``…h.3.…``), None: the head."""
+    """The transformer block of a parameter by its name (``…layer.3.…``, ``…layers.3.…``, ``…h.3.…``), None: the
+    head."""
     match = BLOCK.match(name)
     return int(match["index"]) if match else None
 
@@ -207,7 +209,8 @@ def _layers_of(names: list[str]) -> dict[str, int | None]:
     stacks = {match["stack"] for name in names if (match := BLOCK.match(name))}
     if len(stacks) > 1:
         raise ValueError(
-            f"model: trainable blocks in {len(stacks)} stacks ({', '.join(sorted(stacks))}), wanted one; a block index must be unique"
+            f"model: trainable blocks in {len(stacks)} stacks ({', '.join(sorted(stacks))}), wanted one: "
+            "a block index must be unique"
         )
     return {name: layer_of(name) for name in names}
 

@@ -23,7 +23,7 @@ class FisherCaptureError(RuntimeError):
     """What was seen during the backward is not what was expected; the message names the module."""
 
 
-class capture_fisher:  # noqa: N801  used like torch.no_grad
+class capture_fisher:
     """Context manager: Fisher scores and diagonal of the LoRA parameters from the backward run inside it.
 
     Usage::
@@ -40,17 +40,18 @@ class capture_fisher:  # noqa: N801  used like torch.no_grad
     Args:
         model: a PEFT model with LoRA on nn.Linear modules.
         reduction: how the loss was made of the samples' losses: "mean" (over the N samples) or "sum".
-        loss_scale: factor on the loss, e.g. ``GradScaler.get_scale()``; removed from scores and diagonal, not from .grad.
+        loss_scale: factor on the loss, e.g. ``GradScaler.get_scale()``; removed from scores and diagonal, not
+            from .grad.
         cu_seqlens: int32 (N+1,) for packed batches, whose module inputs are (1, total, d) or (total, d).
         weight_grad: False leaves ``.grad`` of the LoRA parameters untouched.
 
-    Forward AND backward of one batch belong inside the block, once. Right under autocast, gradient checkpointing, dropout,
-    rsLoRA, bf16 models, padding on either side. Results are there when the block ends.
+    Forward AND backward of one batch belong inside the block, once. Right under autocast, gradient checkpointing,
+    dropout, rsLoRA, bf16 models, padding on either side. Results are there when the block ends.
 
     Raises:
         UnsupportedModuleError: on entry, see :func:`fibecfed.lora.lora_pairs`.
-        FisherCaptureError: a module was seen never, or twice (used twice in one forward, or two backward passes), or with
-            another number of samples than the others.
+        FisherCaptureError: a module was seen never, or twice (used twice in one forward, or two backward passes),
+            or with another number of samples than the others.
 
     Source: step 1 of FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131).
     """
@@ -121,8 +122,8 @@ class capture_fisher:  # noqa: N801  used like torch.no_grad
     def _add(self, pair: LoraPair, found: LoraFisherDiag) -> None:
         if pair in self._seen:
             raise FisherCaptureError(
-                f"{pair.name}: seen twice in one capture_fisher block (used twice in one forward, or two backward passes); "
-                "its gradients must be summed before squaring, which one block cannot do"
+                f"{pair.name}: seen twice in one capture_fisher block (used twice in one forward, or two backward "
+                "passes); its gradients must be summed before squaring, which one block cannot do"
             )
         self._seen[pair] = found
 
@@ -130,8 +131,8 @@ class capture_fisher:  # noqa: N801  used like torch.no_grad
         missing = [pair.name for pair in self._pairs if pair not in self._seen]
         if missing:
             raise FisherCaptureError(
-                f"{len(missing)} of {len(self._pairs)} LoRA modules had no backward in the capture_fisher block, the first is "
-                f"{missing[0]}: run forward and backward inside the block, through every module"
+                f"{len(missing)} of {len(self._pairs)} LoRA modules had no backward in the capture_fisher block, the "
+                f"first is {missing[0]}: run forward and backward inside the block, through every module"
             )
         counts = {pair.name: self._seen[pair].a.scores.numel() for pair in self._pairs}
         samples = counts[self._pairs[0].name]

@@ -61,7 +61,8 @@ class Client:
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, device: Device, on_batch: Callable[[int], None] | None = None) -> None:
-        """Steps 1 and 5 at the adapter the buffer holds now: Fisher scores of the samples, importance of the neurons."""
+        """Steps 1 and 5 at the adapter the buffer holds now: Fisher scores of the samples, importance of the
+        neurons."""
         buckets = length_buckets(self.train_set, device.train, self.config.eval.batch_size)
         with self.autocast():
             found = score_samples(

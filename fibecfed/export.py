@@ -19,7 +19,8 @@ class Exported(NamedTuple):
 
 
 def export_adapter(fed: Federation, server: Server, store: LocalStore, path: Path) -> Exported:
-    """Save GAL and head from the server with the n_k-weighted mean of the local layers of all devices that ever trained.
+    """Save GAL and head from the server with the n_k-weighted mean of the local layers of all devices that ever
+    trained.
 
     The local layers travel once for this, in one final upload by each of those devices, counted in ``bytes_up`` [ours].
     """

@@ -1,4 +1,5 @@
-"""The initialization phase: layer sensitivities, the lossless rule, the GAL (steps 3 and 4), eager scores if asked for."""
+"""The initialization phase: layer sensitivities, the lossless rule, the GAL (steps 3 and 4), eager scores if asked
+for."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Choice:
 
 
 def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: OnPhase) -> Choice:
-    """Steps 3 and 4: I_l of every layer as the n_k-weighted mean over the devices, the number N, and the N best layers."""
+    """Steps 3 and 4: I_l of every layer as the n_k-weighted mean over the devices, the number N, and the N best
+    layers."""
     gal, available = fed.config.gal, fed.flat.layers
     if gal.selection == "all":
         return Choice(gal=available)
@@ -109,7 +111,8 @@ def _one_batch(fed: Federation, device: Device, size: int) -> np.ndarray:
 
 
 def score_all(fed: Federation, client: Client, watch: Stopwatch, on_phase: OnPhase) -> None:
-    """Steps 1, 2 and 5 before round 1, on every device (the paper's way; the lazy way scores at the first participation)."""
+    """Steps 1, 2 and 5 before round 1, on every device (the paper's way; the lazy way scores at the first
+    participation)."""
     total, done = int(fed.sizes.sum()), 0
     with watch.phase("score"):
         for device in fed.devices:

@@ -1,12 +1,13 @@
-"""The LoRA pairs of a PEFT model: finding them all, and refusing by name whatever a Fisher capture does not understand."""
+"""The LoRA pairs of a PEFT model: finding them all, and refusing by name whatever a Fisher capture does not
+understand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
@@ -28,9 +29,9 @@ class LoraPair:
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """All active LoRA pairs of ``model`` in its own order.
 
-    Raises UnsupportedModuleError naming the module for: a layer that is not a plain LoRA linear (embedding, convolution,
-    quantised), DoRA and other variants, merged, disabled or inactive adapters, a LoRA bias, a frozen A or B, a weight
-    shared by two modules. ValueError when there is no LoRA module at all.
+    Raises UnsupportedModuleError naming the module for: a layer that is not a plain LoRA linear (embedding,
+    convolution, quantised), DoRA and other variants, merged, disabled or inactive adapters, a LoRA bias, a frozen A or
+    B, a weight shared by two modules. ValueError when there is no LoRA module at all.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:

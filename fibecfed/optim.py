@@ -14,7 +14,8 @@ from .adapter import FlatAdapter
 
 
 class _Masked(torch.optim.Optimizer):
-    """One parameter (the flat buffer), one group; the mask lives in the group, so schedulers and state_dict carry it."""
+    """One parameter (the flat buffer), one group; the mask lives in the group, so schedulers and state_dict carry
+    it."""
 
     def __init__(self, flat: FlatAdapter, mask: Tensor | None, defaults: dict[str, Any]) -> None:
         if not isinstance(flat, FlatAdapter):
@@ -67,7 +68,8 @@ class _Masked(torch.optim.Optimizer):
         if not state:
             for name in self._moments(self.param_groups[0]):
                 state[name] = torch.zeros_like(self.flat.grad)
-            # torch keeps a state called "step" as it is when loading, where it would cast others to the parameter's dtype
+            # torch keeps a state called "step" as it is when loading, where it would cast others to the parameter's
+            # dtype
             state["step"] = torch.zeros(self.flat.num_rows, dtype=torch.int32, device=self.flat.data.device)
         return state
 
@@ -81,8 +83,8 @@ class _Masked(torch.optim.Optimizer):
 class MaskedAdamW(_Masked):
     """AdamW on the active rows of a flat adapter; see :func:`fibecfed_kernels.masked_adamw_` for the equation.
 
-    An inactive row keeps value, both moments, decay and step count exactly; an active row becomes what torch.optim.AdamW
-    would make of it had that row been stepped only when active.
+    An inactive row keeps value, both moments, decay and step count exactly; an active row becomes what
+    torch.optim.AdamW would make of it had that row been stepped only when active.
 
     Args:
         flat: the adapter. mask: bool (num_rows,), None: all rows. lr, betas, eps, weight_decay: as torch.optim.AdamW.

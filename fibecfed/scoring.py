@@ -16,8 +16,8 @@ SampleLoss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 class SampleScores(NamedTuple):
-    """scores: float32 (n,) in the loader's order. order: int64 (n,), easy (low score) first, ties in the loader's order.
-    diagonal: {LoRA parameter name: Σ_n g_n²}, float32, over the whole data set."""
+    """scores: float32 (n,) in the loader's order. order: int64 (n,), easy (low score) first, ties in the loader's
+    order. diagonal: {LoRA parameter name: Σ_n g_n²}, float32, over the whole data set."""
 
     scores: Tensor
     order: Tensor
@@ -30,14 +30,15 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     labels = batch["labels"]
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and integers (N,); "
-            "pass sample_loss for another task"
+            f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and "
+            "integers (N,); pass sample_loss for another task"
         )
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def model_labels(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Labels (N,) drawn from the model's own p(y | x): with them the scores are of the "true" Fisher information [ours]."""
+    """Labels (N,) drawn from the model's own p(y | x): with them the scores are of the "true" Fisher information
+    [ours]."""
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
@@ -54,8 +55,8 @@ def score_samples(
 ) -> SampleScores:
     """Fisher score f_i = Σ_p (∂ log p(y_i | x_i) / ∂p)² of every sample, p over the LoRA parameters.
 
-    The model is scored as it is used: in eval mode (dropout off; the mode is put back). ``.grad`` of its parameters is not
-    touched, and no gradient of the head or the base model is computed.
+    The model is scored as it is used: in eval mode (dropout off; the mode is put back). ``.grad`` of its parameters is
+    not touched, and no gradient of the head or the base model is computed.
 
     Args:
         model: a PEFT model with LoRA. loader: batches as dicts of tensors, on the model's device.

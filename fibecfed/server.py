@@ -38,12 +38,14 @@ class Server:
         self.plan.scatter_(self.values, self._flat)
 
     def average(self, uploads: Iterable[Tensor], weights: Sequence[float]) -> None:
-        """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they arrive."""
+        """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
+        arrive."""
         self.values = aggregate(self.plan, uploads, weights)
 
 
 class LocalStore:
-    """The local layers of all devices: row k is what device k keeps between its rounds, float32 (devices, local values)."""
+    """The local layers of all devices: row k is what device k keeps between its rounds, float32 (devices, local
+    values)."""
 
     def __init__(self, flat: FlatAdapter, gal: Sequence[int], devices: int) -> None:
         self._flat = flat

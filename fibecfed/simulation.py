@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import curriculum
@@ -25,8 +24,9 @@ from .stopwatch import Stopwatch
 def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
     """Fine-tune ``config.model`` on ``config.data`` over ``config.partition.devices`` simulated devices with FibecFed.
 
-    Writes ``<out>/<name>/``: config.toml as resolved, record.jsonl (initialization, one line a round, end), adapter/ (loads
-    with PeftModel.from_pretrained) and plots. Nothing is written before data, model and partition are known to fit.
+    Writes ``<out>/<name>/``: config.toml as resolved, record.jsonl (initialization, one line a round, end), adapter/
+    (loads with PeftModel.from_pretrained) and plots. Nothing is written before data, model and partition are known to
+    fit.
 
     Returns the record, which is the same for the same configuration on the same machine, timings aside.
 

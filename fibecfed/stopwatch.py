@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """``with watch.phase("train"): …`` adds to ``watch.seconds["train"]``; phases may nest and each second counts once."""
+    """``with watch.phase("train"): …`` adds to ``watch.seconds["train"]``; phases may nest and each second counts
+    once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

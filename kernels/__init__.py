@@ -8,7 +8,8 @@ Every op has three bodies of one meaning; :func:`backend` tells which one runs, 
 """
 
 # In the repository root this folder can also be found as `kernels`, a name that transformers probes for (it belongs to
-# another package). Found there it must stay empty and without a version, or transformers would take it for that package.
+# another package). Found there it must stay empty and without a version, or transformers would take it for that
+# package.
 if __name__ != "kernels":
     from ._backend import backend, use_backend
     from .fisher import FisherDiag, LoraFisherDiag, fisher_diag, lora_fisher_diag

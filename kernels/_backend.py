@@ -1,4 +1,5 @@
-"""Which body of an op runs: "cpp" on the CPU, "triton" on CUDA, "reference" (pure torch) anywhere else or when forced."""
+"""Which body of an op runs: "cpp" on the CPU, "triton" on CUDA, "reference" (pure torch) anywhere else or when
+forced."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ _forced: ContextVar[Backend | None] = ContextVar("fibecfed_kernels_backend", def
 def backend(device: torch.device | str = "cpu") -> Backend:
     """The body that an op on tensors of ``device`` runs now: ``"cpp"``, ``"triton"`` or ``"reference"``.
 
-    CPU: C++ if the extension was built, else the reference. CUDA: Triton if installed, else the reference. Other devices:
-    the reference. :func:`use_backend` overrides.
+    CPU: C++ if the extension was built, else the reference. CUDA: Triton if installed, else the reference. Other
+    devices: the reference. :func:`use_backend` overrides.
     """
     forced = _forced.get()
     if forced is not None:

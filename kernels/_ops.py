@@ -1,7 +1,7 @@
 """Every torch.library schema and fake of fibecfed_kernels, in one file.
 
-A body is chosen by device: C++ registers itself for the CPU when ``_C`` is loaded, Triton for CUDA on first use. Where the
-extension is missing the reference serves the CPU. Mutating ops return ``()``.
+A body is chosen by device: C++ registers itself for the CPU when ``_C`` is loaded, Triton for CUDA on first use. Where
+the extension is missing the reference serves the CPU. Mutating ops return ``()``.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class FlatBuffers(Protocol):
 def row_layout(entries: Sequence[Entry], device: torch.device | str = "cpu", line_numel: int = LINE_NUMEL) -> Tensor:
     """Cut the rows of ``entries`` into lines of about ``line_numel`` values.
 
-    Returns an int64 tensor (lines, 4) with columns offset (values), first row, rows, row length (values). A row is never
-    cut: a row longer than ``line_numel`` is a line of its own. Lines are in the order of the buffer and cover it.
+    Returns an int64 tensor (lines, 4) with columns offset (values), first row, rows, row length (values). A row is
+    never cut: a row longer than ``line_numel`` is a line of its own. Lines are in the order of the buffer and cover it.
 
     Raises ValueError when the entries do not follow one another without holes.
     """

@@ -21,7 +21,8 @@ def _seeded() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Every torch.empty of the test, also those made by the C++ bodies, starts as NaN (largest integer for integers)."""
+    """Every torch.empty of the test, also those made by the C++ bodies, starts as NaN (largest integer for
+    integers)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -111,7 +111,8 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
     hs, grad_hs, grad_ys = (list(t) if several else [t] for t in (h, grad_h, grad_y))
     if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
         raise ValueError(
-            f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, wanted equal lengths of at least 1"
+            f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, "
+            "wanted equal lengths of at least 1"
         )
     for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
         label = f"[{i}]" if several else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def _samples(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> Iterator[t
             yield x[n].float(), grad_y[n].float()
     else:
         bounds = cu_seqlens.tolist()
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             yield x[start:stop].float(), grad_y[start:stop].float()
 
 

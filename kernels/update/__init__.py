@@ -33,8 +33,8 @@ def masked_adamw_(
         p ← p·(1 − lr·λ);  m ← m + (1 − β1)(g − m);  v ← β2·v + (1 − β2) g²
         p ← p − lr/(1 − β1ˢ) · m / (√v/√(1 − β2ˢ) + ε)
 
-    which is torch.optim.AdamW had the row been stepped only when active. An inactive row keeps value, both moments, decay
-    and step count exactly; its gradient is not read.
+    which is torch.optim.AdamW had the row been stepped only when active. An inactive row keeps value, both moments,
+    decay and step count exactly; its gradient is not read.
 
     Args:
         data, grad, exp_avg, exp_avg_sq: float32 (numel,), contiguous; all but ``grad`` are changed.
@@ -46,7 +46,7 @@ def masked_adamw_(
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or hyper-parameter.
     """
     beta1, beta2 = betas
-    _check_hyper("eps", eps, 0.0 <= eps, "eps ≥ 0")
+    _check_hyper("eps", eps, eps >= 0.0, "eps ≥ 0")
     _check_hyper("betas", betas, 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0, "both in [0, 1)")
     _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, float(lr), beta1, beta2, eps, float(weight_decay))
@@ -123,8 +123,8 @@ def _check_common(
     lr: float, weight_decay: float, data: Tensor, steps: Tensor, mask: Tensor, layout: Tensor, **like_data: Tensor
 ) -> None:
     """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted."""
-    _check_hyper("lr", lr, 0.0 <= lr, "lr ≥ 0")
-    _check_hyper("weight_decay", weight_decay, 0.0 <= weight_decay, "weight_decay ≥ 0")
+    _check_hyper("lr", lr, lr >= 0.0, "lr ≥ 0")
+    _check_hyper("weight_decay", weight_decay, weight_decay >= 0.0, "weight_decay ≥ 0")
     rows = mask.numel()
     wanted = {
         "data": (data, torch.float32, (data.numel(),)),
@@ -154,6 +154,7 @@ def _check_layout(data: Tensor, mask: Tensor, layout: Tensor) -> None:
     end = (offset + rows * length, first_row + rows)
     if end != (data.numel(), mask.numel()):
         raise ValueError(
-            f"layout: covers {end[0]} values in {end[1]} rows, wanted {data.numel()} values (data) in {mask.numel()} rows (mask)"
+            f"layout: covers {end[0]} values in {end[1]} rows, wanted {data.numel()} values (data) "
+            f"in {mask.numel()} rows (mask)"
         )
     layout._fibecfed_checked = end  # type: ignore[attr-defined]

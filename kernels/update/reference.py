@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 
 def _active(steps: Tensor, mask: Tensor, layout: Tensor) -> Iterator[tuple[int, Tensor | None]]:
-    """Count up the active rows' steps; yield (step, indices of the values of rows at that step), None for all values."""
+    """Count up the active rows' steps; yield (step, indices of the values of rows at that step), None for all
+    values."""
     lengths = layout[:, 3].repeat_interleave(layout[:, 2]).to(mask.device)
     steps += mask
     for step in steps[mask].unique().tolist():

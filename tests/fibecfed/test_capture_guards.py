@@ -114,9 +114,14 @@ def test_a_module_that_was_not_used_is_refused() -> None:
 
 def test_two_backward_passes_in_one_block_are_refused() -> None:
     model = twice()
-    with pytest.raises(FisherCaptureError, match="seen twice"), capture_fisher(model):
-        for _ in range(2):
-            model(torch.randn(3, 4), times=1, second=True).sum().backward()
+
+    def backward() -> None:
+        model(torch.randn(3, 4), times=1, second=True).sum().backward()
+
+    with capture_fisher(model):
+        backward()
+        with pytest.raises(FisherCaptureError, match="seen twice"):
+            backward()
 
 
 def test_a_forward_outside_the_block_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""Tiny PEFT models of the two kinds, built from configs, with a trained-looking B (zero B hides half of every gradient)."""
+"""Tiny PEFT models of the two kinds, built from configs, with a trained-looking B (zero B hides half of every
+gradient)."""
 
 from __future__ import annotations
 
