@@ -15,12 +15,17 @@ if __name__ != "kernels":
     from .fisher import FisherDiag, LoraFisherDiag, fisher_diag, lora_fisher_diag
     from .layout import Entry, FlatBuffers, row_layout
     from .update import masked_adamw_, masked_sgd_
+    from .wire import Message, WireError, WirePlan, aggregate
 
 __all__ = [
     "Entry",
     "FisherDiag",
     "FlatBuffers",
     "LoraFisherDiag",
+    "Message",
+    "WireError",
+    "WirePlan",
+    "aggregate",
     "backend",
     "fisher_diag",
     "lora_fisher_diag",

@@ -22,7 +22,12 @@ SCHEMAS = {
     " Tensor mask, Tensor layout, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     "masked_sgd_": "(Tensor(a!) data, Tensor grad, Tensor(b!) momentum_buffer, Tensor(c!) steps, Tensor mask,"
     " Tensor layout, float lr, float momentum, float dampening, float weight_decay, bool nesterov) -> ()",
+    "wire_pack_": "(Tensor data, Tensor table, Tensor(a!) values, Tensor(b!) scales) -> ()",
+    "wire_unpack_": "(Tensor values, Tensor scales, Tensor table, Tensor(a!) data) -> ()",
+    "wire_accumulate_": "(Tensor(a!) sum, Tensor values, Tensor scales, Tensor table, float weight) -> ()",
+    "wire_digest": "(Tensor buffer, Tensor ranges) -> Tensor",
 }
+CPU_ONLY = {"wire_digest"}  # reads messages, which are in the host's memory
 
 _library = torch.library.Library("fibecfed", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -46,7 +51,8 @@ def _register_python_body(name: str, body: str, key: str) -> None:
 for _name in SCHEMAS:
     if not HAS_CPP:
         _register_python_body(_name, "reference", "CPU")
-    _register_python_body(_name, "triton" if HAS_TRITON else "reference", "CUDA")
+    if _name not in CPU_ONLY:
+        _register_python_body(_name, "triton" if HAS_TRITON else "reference", "CUDA")
 
 
 @torch.library.register_fake("fibecfed::fisher_diag", lib=_library)
@@ -81,3 +87,23 @@ def _(*args: Any) -> None:
 @torch.library.register_fake("fibecfed::masked_sgd_", lib=_library)
 def _(*args: Any) -> None:
     return None
+
+
+@torch.library.register_fake("fibecfed::wire_pack_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fibecfed::wire_unpack_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fibecfed::wire_accumulate_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fibecfed::wire_digest", lib=_library)
+def _(buffer: Tensor, ranges: Tensor) -> Tensor:
+    return ranges.new_empty((ranges.shape[0], 2))

@@ -1,0 +1,109 @@
+// Loops over values: float32 to and from the wire's dtypes, sums in float64, and the search for inf and NaN.
+//
+// Integer arithmetic instead of the conversion instructions: the same bits on every processor (equal to torch's .to()),
+// and the compiler vectorises it for each clone.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIRE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIRE_CLONES
+#endif
+
+namespace wire {
+
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+struct Float32 {
+  using Wire = float;
+  static float encode(float x) { return x; }
+  static float decode(float w) { return w; }
+};
+
+struct BFloat16 {
+  using Wire = uint16_t;
+  static uint16_t encode(float x) {
+    const uint32_t b = bits_of(x);
+    const uint32_t rounded = b + 0x7FFF + (b >> 16 & 1);  // to nearest, ties to even
+    return static_cast<uint16_t>(((b & 0x7FFFFFFF) > 0x7F800000 ? b | 0x400000 : rounded) >> 16);
+  }
+  static float decode(uint16_t w) { return float_of(uint32_t{w} << 16); }
+};
+
+struct Float16 {
+  using Wire = uint16_t;
+  static uint16_t encode(float x) {
+    const uint32_t b = bits_of(x), a = b & 0x7FFFFFFF;
+    const uint32_t normal = (a - (112u << 23) + 0xFFF + (a >> 13 & 1)) >> 13;  // may carry up to infinity, as it must
+    const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3F000000;      // the addition rounds at 2^-24
+    const uint32_t huge = a > 0x7F800000 ? 0x7E00 : 0x7C00;
+    const uint32_t magnitude = a < 0x38800000 ? subnormal : a >= 0x47800000 ? huge : normal;
+    return static_cast<uint16_t>(magnitude | (b >> 16 & 0x8000));
+  }
+  static float decode(uint16_t w) {
+    const uint32_t a = (w & 0x7FFFu) << 13, sign = (w & 0x8000u) << 16;
+    const uint32_t subnormal = bits_of(float_of(a + (113u << 23)) - float_of(113u << 23));  // exact
+    const uint32_t exponent = a >= 0x0F800000 ? 0x7F800000 | a : a + (112u << 23);
+    return float_of((a < 0x00800000 ? subnormal : exponent) | sign);
+  }
+};
+
+#define WIRE_LOOPS(kind)                                                                             \
+  WIRE_CLONES inline void encode(const float* x, kind::Wire* w, size_t n, kind) {                    \
+    for (size_t i = 0; i < n; ++i) w[i] = kind::encode(x[i]);                                        \
+  }                                                                                                  \
+  WIRE_CLONES inline void decode(const kind::Wire* w, float* x, size_t n, kind) {                    \
+    for (size_t i = 0; i < n; ++i) x[i] = kind::decode(w[i]);                                        \
+  }                                                                                                  \
+  WIRE_CLONES inline void add(const kind::Wire* w, double* sum, size_t n, double weight, kind) {     \
+    for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(kind::decode(w[i]));       \
+  }
+WIRE_LOOPS(Float32)
+WIRE_LOOPS(BFloat16)
+WIRE_LOOPS(Float16)
+#undef WIRE_LOOPS
+
+// Rows whose largest magnitude is below 127 · 2^-126 (the scale would be subnormal) are sent as zeros, scale 0.
+inline constexpr float kSmallestMaximum = 127.0f * 0x1p-126f;
+
+// Bits of the largest magnitude; as integers, NaN is above infinity is above every number.
+WIRE_CLONES inline uint32_t largest(const float* x, size_t n) {
+  uint32_t most = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t a = bits_of(x[i]) & 0x7FFFFFFF;
+    most = a > most ? a : most;
+  }
+  return most;
+}
+
+// q = round(x · inverse), ties to even: adding 1.5 · 2^23 leaves the two's complement of q in the low byte.
+WIRE_CLONES inline void quantize(const float* x, int8_t* q, size_t n, float inverse) {
+  for (size_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
+}
+
+WIRE_CLONES inline void dequantize(const int8_t* q, float* x, size_t n, float scale) {
+  for (size_t i = 0; i < n; ++i) x[i] = static_cast<float>(q[i]) * scale;
+}
+
+WIRE_CLONES inline void add_scaled(const int8_t* q, double* sum, size_t n, float scale, double weight) {
+  for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(static_cast<float>(q[i]) * scale);
+}
+
+WIRE_CLONES inline bool any_not_finite(const uint32_t* x, size_t n, uint32_t exponent) {
+  uint32_t found = 0;
+  for (size_t i = 0; i < n; ++i) found |= (x[i] & exponent) == exponent;
+  return found != 0;
+}
+
+WIRE_CLONES inline bool any_not_finite(const uint16_t* x, size_t n, uint16_t exponent) {
+  uint16_t found = 0;
+  for (size_t i = 0; i < n; ++i) found |= static_cast<uint16_t>((x[i] & exponent) == exponent);
+  return found != 0;
+}
+
+}  // namespace wire

@@ -1,0 +1,79 @@
+"""The weighted mean of messages, taken as they arrive: one accumulator, however many devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .errors import CountError, WeightError, WireError
+from .plan import Buffer, WirePlan
+
+SMALLEST, LARGEST = 1e-100, 1e100  # weight · value stays exact to 2⁻⁵³ in float64
+
+
+def aggregate(
+    plan: WirePlan,
+    buffers: Iterable[Buffer],
+    weights: Iterable[float],
+    *,
+    round: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Mean of the messages' values, Σ w_i v_i / Σ w_i, float32 (plan.numel,), in the order of ``plan.names``.
+
+    ``plan.scatter_(mean, flat)`` writes it into a flat buffer.
+
+    Args:
+        plan: what the messages must be.
+        buffers: messages; each is checked, added and let go before the next is asked for, so a generator that receives
+            them holds one at a time.
+        weights: one a message, finite, in [1e-100, 1e100]; FedAvg's are the sample counts.
+        round: if given, every message must be of it.
+        device: where the sum is held; on CUDA a message is one copy and one launch.
+
+    The sum is float64, 8 bytes a value: with n messages its error before the final rounding to float32 is below
+    (n + 1)·2⁻⁵³·Σ w_i |v_i| / Σ w_i. So equal messages average to themselves exactly, in every wire dtype; and the
+    order of arrival can show only where the mean lies within that distance of the middle of two float32 values. (A
+    running float32 mean a ← a + (w/W)(v − a) would need half the memory, but keeps one rounding of 2⁻²⁴ a message and
+    depends on the order.)
+
+    Raises:
+        CountError: no message, or not as many weights as messages. WeightError: a weight outside its range.
+        WireError: a message is refused; its ``index`` tells which.
+    """
+    sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
+    total, index = 0.0, 0
+    messages, shares = iter(buffers), iter(weights)
+    while True:  # not zip or enumerate: they would keep a message alive while the next one is made
+        try:
+            buffer = next(messages)
+        except StopIteration:
+            break
+        weight = _next_weight(shares, index)
+        try:
+            plan.add_(sum, buffer, weight, round)
+        except WireError as error:
+            raise error.at(index) from None
+        del buffer
+        total += weight
+        index += 1
+    if next(shares, None) is not None:
+        raise CountError("weights", f"more than the {index} messages, wanted one a message")
+    if index == 0:
+        raise CountError("buffers", "no messages, wanted at least one")
+    return sum.div_(total).float()
+
+
+def _next_weight(shares: Iterator[float], index: int) -> float:
+    try:
+        weight = float(next(shares))
+    except StopIteration:
+        raise CountError("weights", f"only {index}, wanted one a message") from None
+    if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
+        raise WeightError(
+            "weight", f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index
+        )
+    return weight
