@@ -1,0 +1,194 @@
+"""Text classification data: a training set, a test set, and the names of the classes.
+
+What comes out is checked once: non-empty texts, labels 0 … C−1, and a sample of every class to train on. Every
+refusal is one line that names the source and the column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fibecfed.partition import apportion
+from fibecfed.sources import Columns, DataError, Table, read_demo, read_hub, read_path
+
+__all__ = ["DataError", "Split", "Task", "load_task"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """n samples: texts, second texts (sentence pairs) or None, labels (n,) int64, natural owners or None."""
+
+    text: list[str]
+    pair: list[str] | None
+    labels: NDArray[np.int64]
+    keys: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Split:
+        """The samples at ``indices``, in the order of ``indices``."""
+        chosen = np.asarray(indices, dtype=np.int64)
+
+        def pick(values: list[str]) -> list[str]:
+            return [values[index] for index in chosen]
+
+        pair = None if self.pair is None else pick(self.pair)
+        keys = None if self.keys is None else pick(self.keys)
+        return Split(pick(self.text), pair, self.labels[chosen], keys)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named training and test set; ``classes[c]`` is the name of label c."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+
+def load_task(
+    source: str | Path,
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    key: str | None = None,
+    test: str | None = None,
+    test_fraction: float = 0.2,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """Read a classification task.
+
+    Labels may be int or str. Ints 0 … C−1 stay what they are; other ints are numbered in ascending order, strings in
+    sorted order, and classes that the source declares (hub, Parquet) as declared. Without a test set, a stratified
+    share of the training set becomes one.
+
+    Args:
+        source: ``"demo"`` (film reviews, fresh or rotten; key: the film), a .jsonl, .json, .csv, .tsv or .parquet file,
+            a folder with train.* and test.*, or ``"hub:NAME[/CONFIG]"`` (``hub:glue/sst2``, ``hub:org/name/config``).
+            In .csv and .tsv an empty cell is missing, and only that ("NA" is a text); .tsv knows no quoting.
+        text: column of the text. Where there is no column ``text``, the usual sentence columns of benchmarks are known.
+        pair: column of the second text; None takes ``text_pair`` where there is one.
+        label: column of the label.
+        key: column of the natural owner of a sample, for partitions by key.
+        test: a file (for a file), or the name of the test split (for a folder or the hub).
+        test_fraction: share that becomes the test set when there is none, between 0 and 1.
+        max_train: at most so many training samples, drawn class by class in proportion.
+        max_test: at most so many test samples, drawn likewise.
+        seed: of the test share and of the draws.
+
+    Raises:
+        DataError: the source cannot be read, a column is missing, a text is empty, a label is missing or unknown to the
+            training set, a class has no training sample, or an argument is out of range.
+    """
+    if not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction is {test_fraction}, wanted a share between 0 and 1")
+    columns, held_out = Columns(text, pair, label, key), None
+    if source == "demo":
+        if test is not None:
+            raise DataError(f"test is {test!r}: the demo has no test set of its own, wanted None")
+        name, train, columns = "demo", read_demo(), replace(columns, label="category", key=key or "movie_name")
+    elif isinstance(source, str) and source.startswith("hub:"):
+        name, train, held_out = read_hub(source.removeprefix("hub:"), label, test)
+    else:
+        name, train, held_out = read_path(Path(source).expanduser(), columns, test)
+    columns = columns.found_in(train.names)
+
+    classes = _classes(train, columns.label)
+    training = _split(train, columns, classes)
+    for missing in np.flatnonzero(np.bincount(training.labels, minlength=len(classes)) == 0):
+        raise DataError(f"{train.where}: class {classes[missing]!r} of {columns.label!r} has no sample to train on")
+    if held_out is None:
+        chosen = _test_share(training.labels, test_fraction, train.where, seed)
+        testing, training = training.take(np.flatnonzero(chosen)), training.take(np.flatnonzero(~chosen))
+    else:
+        testing = _split(held_out, columns, classes)
+    if max_train is not None:
+        if max_train < len(classes):
+            raise DataError(f"max_train is {max_train}, wanted at least one sample for each of {len(classes)} classes")
+        training = training.take(_stratified(training.labels, max_train, np.random.default_rng([seed, 1]), low=1))
+    if max_test is not None:
+        if max_test < 1:
+            raise DataError(f"max_test is {max_test}, wanted at least 1")
+        testing = testing.take(_stratified(testing.labels, max_test, np.random.default_rng([seed, 2])))
+    return Task(name, training, testing, classes)
+
+
+def _label_names(table: Table, column: str) -> list[str]:
+    """Each sample's label by name: a declared class, a whole number as written by Python, or the text itself."""
+    values, declared = table.column(column), table.declared_classes(column)
+    for row, value in enumerate(values):
+        known = isinstance(value, int | str) or (isinstance(value, float) and value.is_integer())
+        if not known or value == "" or (declared is not None and value == -1):
+            raise DataError(
+                f"{table.where}: label column {column!r}, sample {row} is {value!r}, wanted an int or a str"
+            )
+    if declared is not None:
+        return [declared[value] for value in values]
+    # "01" in a table and 1 in JSON are the same class, but only where every label is a number.
+    if all(not isinstance(value, str) or re.fullmatch(r"[+-]?\d+", value) for value in values):
+        return [str(int(value)) for value in values]
+    return [str(value) for value in values]
+
+
+def _classes(table: Table, column: str) -> tuple[str, ...]:
+    found = set(_label_names(table, column))
+    numbers = all(re.fullmatch(r"-?\d+", name) for name in found)
+    classes = table.declared_classes(column) or sorted(found, key=int if numbers else None)
+    if len(classes) < 2:
+        raise DataError(f"{table.where}: label column {column!r} has {len(classes)} class, wanted at least two")
+    return tuple(classes)
+
+
+def _split(table: Table, columns: Columns, classes: Sequence[str]) -> Split:
+    names = _label_names(table, columns.label)
+    number = {name: index for index, name in enumerate(classes)}
+    if unknown := sorted(set(names) - set(number)):
+        raise DataError(
+            f"{table.where}: label column {columns.label!r} has {', '.join(map(repr, unknown[:5]))}, "
+            f"not a class of the training set ({', '.join(map(repr, classes[:20]))})"
+        )
+    labels = np.array([number[name] for name in names], dtype=np.int64)
+    keys = None if columns.key is None else table.column(columns.key)
+    for row, value in enumerate(keys or []):
+        if value is None or value == "":
+            raise DataError(f"{table.where}: key column {columns.key!r}, sample {row} is empty")
+    return Split(
+        text=table.texts(columns.text),
+        pair=None if columns.pair is None else table.texts(columns.pair),
+        labels=labels,
+        keys=None if keys is None else [str(value) for value in keys],
+    )
+
+
+def _test_share(labels: NDArray[np.int64], fraction: float, where: str, seed: int) -> NDArray[np.bool_]:
+    """Which samples become the test set: (n,) bool. Each class keeps at least one sample to train on."""
+    count, classes = len(labels), int(labels.max()) + 1
+    if count <= classes:
+        raise DataError(f"{where}: {count} samples of {classes} classes are too few to keep some as a test set")
+    size = min(max(1, round(fraction * count)), count - classes)
+    chosen = np.zeros(count, dtype=np.bool_)
+    chosen[_stratified(labels, size, np.random.default_rng([seed, 0]), keep=1)] = True
+    return chosen
+
+
+def _stratified(
+    labels: NDArray[np.int64], size: int, rng: np.random.Generator, *, low: int = 0, keep: int = 0
+) -> NDArray[np.int64]:
+    """Ascending indices of ``size`` samples, classes in proportion; at least ``low`` taken, ``keep`` left of each."""
+    if size >= len(labels):
+        return np.arange(len(labels), dtype=np.int64)
+    counts = np.bincount(labels)
+    quota = apportion(counts, size, low=np.minimum(counts, low), high=counts - np.minimum(counts, keep))
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in enumerate(quota)]
+    return np.sort(np.concatenate(drawn))
