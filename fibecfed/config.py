@@ -1,0 +1,234 @@
+"""The configuration of a run, read from TOML and written back. Its sections are in :mod:`fibecfed.sections`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from .sections import Curriculum, Data, Eval, Gal, Model, Neurons, Partition, Section, Text, Train, Wire
+
+WIDTH = 120  # columns of a described configuration
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; one line that names the file or option, the key and what was wanted."""
+
+
+class RunConfig(Section):
+    """One run; the defaults are the demo job. Frozen: :func:`load_config` builds a changed one."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
+        default=None,
+        description='letters, digits, ".", "_", "-": the folder of the run; unset: the names of data and model',
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="of every random choice")
+    out: Text = Field(default="runs", description="folder that holds the runs")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = Field(
+        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "xpu" or "mps"'
+    )
+    autocast: bool = Field(default=False, description="bfloat16 autocast in forward and backward passes")
+    data: Data = Data()
+    model: Model = Model()
+    partition: Partition = Partition()
+    train: Train = Train()
+    curriculum: Curriculum = Curriculum()
+    gal: Gal = Gal()
+    neurons: Neurons = Neurons()
+    wire: Wire = Wire()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.train.per_round > self.partition.devices:
+            raise ValueError(
+                f"train.per_round = {self.train.per_round}: wanted at most partition.devices = {self.partition.devices}"
+            )
+        if self.partition.scheme == "key" and self.data.key is None and self.data.source != "demo":
+            raise ValueError('partition.scheme = "key": wants data.key too, the column that says whose sample it is')
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """``name``, or one made of the data's and the model's names ("demo", "trec-smollm2", …)."""
+        if self.name is not None:
+            return self.name
+        stems = (
+            re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem) for source in (self.data.source, self.model.source)
+        )
+        return "-".join(dict.fromkeys(stem.strip(".-_") or "run" for stem in stems))
+
+
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file (None: the defaults, which are the demo job) and apply ``"section.key=value"`` overrides.
+
+    A value is read as TOML (``12``, ``2e-3``, ``true``, ``["q_proj"]``), else as bare text. "none" switches a nullable
+    number off.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown key (the nearest known one is named), wrong type, bad value.
+    """
+    table = {} if path is None else _read_toml(Path(path))
+    overridden: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {override}: wanted section.key=value")
+        overridden[key] = override
+        _put(table, key, _parse_value(key, text.strip()), override)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        errors = error.errors()
+    key, message = _explain(errors[0], list(overridden))
+    origin = f"--set {overridden[key]}: " if key in overridden else f"{path}: " if path is not None else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    raise ConfigError(f"{origin}{message}{more}")
+
+
+def dump_config(config: RunConfig) -> str:
+    """``config`` as TOML that :func:`load_config` reads back to an equal one; unset keys are left out."""
+    return tomli_w.dumps(_table(config))
+
+
+def describe_config(config: RunConfig) -> str:
+    """:func:`dump_config` with every key's meaning beside it; unset keys are shown as comments."""
+    lines = ["# A run of fibecfed: `fibecfed run THIS_FILE`. Every key may be left out.", ""]
+
+    def describe(section: Section) -> None:
+        table = _table(section)
+        for key, field in type(section).model_fields.items():
+            if isinstance(getattr(section, key), Section):
+                continue
+            setting = f"{key} = {_value(table[key])}" if key in table else f"# {key} ="
+            meaning = f"{field.description}{_choices(field)}"
+            line = f"{setting:<30}  # {meaning}"
+            if len(line) > WIDTH:
+                lines.extend(wrap(meaning, WIDTH, initial_indent="# ", subsequent_indent="#   "))
+                line = setting
+            lines.append(line)
+
+    describe(config)
+    for key, section in config:
+        if isinstance(section, Section):
+            lines.extend(["", f"[{key}]  # {type(section).__doc__}"])
+            describe(section)
+    return "\n".join(lines) + "\n"
+
+
+def _table(section: Section) -> dict[str, Any]:
+    """The section as a TOML table: unset keys left out, a number switched off against its default as "none"."""
+    result: dict[str, Any] = {}
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            result[key] = _table(value)
+        elif value is not None:
+            result[key] = list(value) if isinstance(value, tuple) else value
+        elif field.default is not None:
+            result[key] = "none"
+    return result
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):  # tomli_w would write it on several lines
+        return f"[{', '.join(map(_value, value))}]"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+
+
+def _choices(field: FieldInfo) -> str:
+    """ " (a, b, c)" where the description does not name every choice itself."""
+    annotation: Any = field.annotation
+    choices = annotation.__args__ if getattr(annotation, "__origin__", None) is Literal else ()
+    missing = [choice for choice in choices if choice not in (field.description or "")]
+    return f" ({', '.join(choices)})" if missing else ""
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problem = "no such file"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = f"is not TOML: {' '.join(str(error).split())}"
+    raise ConfigError(f"{path}: {problem}")
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every known key, dotted, sections included."""
+    for key, field in RunConfig.model_fields.items():
+        yield key, field
+        if isinstance(field.default, Section):
+            yield from ((f"{key}.{leaf}", inner) for leaf, inner in type(field.default).model_fields.items())
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = parsed["value"] if len(parsed) == 1 else text
+    # A column or file may be called 2024 or true: where text is wanted, only a quoted value is parsed.
+    field = dict(_fields()).get(key)
+    wants_text = field is not None and "str" in str(field.annotation) and "list" not in str(field.annotation)
+    return text if wants_text and not isinstance(value, str) else value
+
+
+def _put(table: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    table[leaf] = value
+
+
+def _explain(error: Any, overridden: Sequence[str]) -> tuple[str, str]:
+    """The key that a pydantic error is about, and one line about it."""
+    known = dict(_fields())
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        key = next((whole for whole in overridden if whole.startswith(f"{key}.")), key)
+        nearest = _nearest(key, list(known))
+        return key, f"{key} is no known key" + (f"; did you mean {nearest}?" if nearest else "")
+    while location and ".".join(location) not in known:
+        location.pop()  # the path goes on into lists and unions
+    key = ".".join(location)
+    if error["type"] == "value_error":
+        return key, (f"{key}: " if key else "") + str(error["ctx"]["error"])
+    match error["type"]:
+        case "model_type" | "dict_type":
+            wanted = "a section"
+        case "string_pattern_mismatch":
+            wanted = known[key].description or ""
+        case "missing":
+            wanted = "one more value"
+        case "too_short" | "too_long":
+            wanted = f"{error['ctx'].get('min_length') or error['ctx']['max_length']} values, not {error['ctx']['actual_length']}"
+        case _:
+            wanted = " ".join(str(error["msg"]).split()).removeprefix("Input should be ")
+    return key, f"{key} = {_shown(error['input'])}: wanted {wanted}"
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """The known key that ``key`` was meant to be: nearly the same spelling, or the same name in another section."""
+    leaf = key.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(leaf, list(leaves), n=1)
+    return leaves.get(close[0], close[0]) if close else None

@@ -1,0 +1,185 @@
+"""The sections of a configuration: every key with its meaning, range and default. The defaults are the demo job."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# TOML has no null: a nullable number is switched off with the word "none".
+OrNone = BeforeValidator(lambda value: None if value == "none" else value)
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    # strict: "12" is no number and true is no 1, as TOML itself has it.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What is classified: a labelled data set and how it is cut into training and test samples."""
+
+    source: Text = Field(
+        default="demo", description='"demo", a file (jsonl, csv, tsv, parquet) or a data set on the hub'
+    )
+    text: Text | None = Field(default=None, description="column with the text; unset: the source's own")
+    pair: Text | None = Field(default=None, description="column with a second text, for tasks on pairs of sentences")
+    label: Text | None = Field(default=None, description="column with the class; unset: the source's own")
+    key: Text | None = Field(
+        default=None, description='column that says whose sample it is, for partition.scheme = "key"'
+    )
+    test: Text | None = Field(
+        default=None, description="file or split to test on; unset: a share of the source is kept apart"
+    )
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=0.2, description="that share")
+    max_train: Annotated[Count | None, OrNone] = Field(default=None, description="use at most so many training samples")
+    max_test: Annotated[Count | None, OrNone] = Field(default=None, description="use at most so many test samples")
+    max_tokens: Annotated[int, Field(ge=2)] = Field(default=64, description="cut a sample after so many tokens")
+
+
+class Model(Section):
+    """The frozen base model and the LoRA adapter on it."""
+
+    source: Text = Field(default="demo", description='"demo", a folder, a GGUF file or a model on the hub')
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the base model; the adapter is float32"
+    )
+    rank: Count = Field(default=8, description="r of LoRA")
+    alpha: Positive = Field(default=16.0, description="LoRA is scaled by alpha / rank (alpha / √rank with rslora)")
+    dropout: BelowOne = Field(default=0.0, description="dropout on LoRA's input")
+    rslora: bool = Field(default=False, description="rank-stabilised scaling")
+    targets: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="names of the linear modules that carry LoRA; unset: query and value of every block"
+    )
+    attn: Text | None = Field(
+        default=None, description='attention of transformers ("sdpa", "eager", …); unset: its own choice'
+    )
+
+
+class Partition(Section):
+    """How the samples lie on the devices."""
+
+    scheme: Literal["label", "iid", "key"] = Field(
+        default="label",
+        description="label: skewed classes, Dirichlet(alpha); iid: at random; key: by the column data.key",
+    )
+    devices: Count = Field(default=20, description="K, the number of simulated devices")
+    alpha: Positive = Field(
+        default=1.0, description="Dirichlet concentration of the classes: the smaller, the more skewed"
+    )
+    size_alpha: Annotated[Positive | None, OrNone] = Field(
+        default=5.0, description='Dirichlet concentration of the devices\' sizes; "none": equal sizes'
+    )
+    min_size: Count = Field(default=8, description="no device has fewer training samples")
+
+
+class Train(Section):
+    """Rounds, and what a drawn device does in one."""
+
+    rounds: Count = Field(default=12, description="T")
+    per_round: Count = Field(default=5, description="S, devices drawn in a round")
+    epochs: Count = Field(default=1, description="E, passes of a device over its share of the data")
+    batch_size: Count = Field(default=16, description="samples in a batch")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="local optimizer; masked rows stand still in both"
+    )
+    lr: Positive = Field(default=2e-3, description="learning rate")
+    weight_decay: NotNegative = Field(default=0.0, description="decoupled for adamw, added to the gradient for sgd")
+    betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), strict=False, description="of adamw")
+    momentum: BelowOne = Field(default=0.0, description="of sgd")
+    max_grad_norm: Annotated[Positive | None, OrNone] = Field(default=None, description="clip gradients to this norm")
+    shuffle: bool = Field(
+        default=True, description="shuffle inside the curriculum's share; false: keep the order of difficulty"
+    )
+
+
+class Curriculum(Section):
+    """Which share of its samples a device trains on, and in which order they come in."""
+
+    enabled: bool = Field(default=True, description="false: all data in every round, nothing is scored for order")
+    order: Literal["easy_first", "hard_first", "random"] = Field(
+        default="easy_first", description="by Fisher score of a sample"
+    )
+    pacing: Literal["linear", "sqrt", "root_p", "quadratic", "exponential", "log", "step", "geometric", "none"] = Field(
+        default="linear", description="how the share grows with the rounds; the paper's is linear"
+    )
+    start: Share = Field(default=0.5, description="β, share of the data in round 1")
+    end: Share = Field(default=0.8, description="α, share of the rounds after which all data is used")
+    p: Annotated[float, Field(ge=1.0)] = Field(default=2.0, description='the root of pacing = "root_p"')
+    steps: Count = Field(default=4, description='the number of steps of pacing = "step"')
+    labels: Literal["data", "model"] = Field(
+        default="data", description="score with the data's labels or labels drawn by the model"
+    )
+    lazy: bool = Field(
+        default=True, description="score a device when it is first drawn; false: all devices before round 1"
+    )
+    live: bool = Field(
+        default=False, description="refresh order and masks at every participation from the training gradients"
+    )
+
+
+class Gal(Section):
+    """Global aggregation layers: the layers that travel."""
+
+    count: Annotated[Count | None, OrNone] = Field(
+        default=None, description="this many layers; unset: the lossless rule decides"
+    )
+    fraction: Annotated[Share | None, OrNone] = Field(
+        default=None, description="this share of the layers, instead of count"
+    )
+    default_share: Share = Field(default=0.5, description="share taken where the lossless rule finds no gap")
+    selection: Literal["sensitive", "all", "random", "first", "last"] = Field(
+        default="sensitive",
+        description="which layers: the most sensitive ones, every one, or a plain choice to compare with",
+    )
+    norm: Literal["2", "inf"] = Field(default="2", description="p-norm that bounds the noise on the embeddings")
+    gamma: Positive = Field(default=0.1, description="γ, the bound of that noise")
+    lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
+    lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
+    lanczos_batch: Count = Field(default=32, description="samples of each in that one batch")
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Self:
+        if self.count is not None and self.fraction is not None:
+            raise ValueError(
+                f"count = {self.count} and fraction = {self.fraction} exclude one another: give one of them"
+            )
+        return self
+
+
+class Neurons(Section):
+    """Rows of the local layers (those outside the GAL) that are updated."""
+
+    share: Share = Field(default=0.5, description="ρ, share of a local layer's rows that is active")
+    rule: Literal["share", "lossless"] = Field(
+        default="share", description="that share, or the lossless rule in every layer"
+    )
+    momentum: BelowOne = Field(default=0.9, description="γ of the smoothed Fisher diagonal, F ← γ F + (1 − γ) F̃")
+    selection: Literal["fisher", "random", "all", "none"] = Field(
+        default="fisher", description="by Fisher information; random, all or none to compare with"
+    )
+
+
+class Wire(Section):
+    """What travels between devices and server, and the modelled link."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        default="float32", description="of values on the wire"
+    )
+    up_mbit: Positive = Field(default=20.0, description="modelled upload of a device, Mbit/s")
+    down_mbit: Positive = Field(default=100.0, description="modelled download of a device, Mbit/s")
+    latency_ms: NotNegative = Field(default=50.0, description="modelled latency of a message, ms")
+
+
+class Eval(Section):
+    """When and what is tested."""
+
+    every: Count = Field(default=1, description="test after every so many rounds, and after the last")
+    personal: bool = Field(default=True, description="also test every device's own model on its own test split")
+    batch_size: Count = Field(default=64, description="samples in a test batch")
