@@ -215,8 +215,10 @@ def _explain(error: Any, overridden: Sequence[str]) -> tuple[str, str]:
             wanted = known[key].description or ""
         case "missing":
             wanted = "one more value"
-        case "too_short" | "too_long":
-            wanted = f"{error['ctx'].get('min_length') or error['ctx']['max_length']} values, not {error['ctx']['actual_length']}"
+        case "too_short":
+            wanted = f"at least {error['ctx']['min_length']} value(s)"
+        case "too_long":
+            wanted = f"at most {error['ctx']['max_length']} value(s)"
         case _:
             wanted = " ".join(str(error["msg"]).split()).removeprefix("Input should be ")
     return key, f"{key} = {_shown(error['input'])}: wanted {wanted}"

@@ -110,8 +110,10 @@ class Curriculum(Section):
         default="linear", description="how the share grows with the rounds; the paper's is linear"
     )
     start: Share = Field(default=0.5, description="β, share of the data in round 1")
-    end: Share = Field(default=0.8, description="α, share of the rounds after which all data is used")
-    p: Annotated[float, Field(ge=1.0)] = Field(default=2.0, description='the root of pacing = "root_p"')
+    end: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.8, description="α, share of the rounds after which all data is used"
+    )
+    p: Positive = Field(default=2.0, description='the root of pacing = "root_p"')
     steps: Count = Field(default=4, description='the number of steps of pacing = "step"')
     labels: Literal["data", "model"] = Field(
         default="data", description="score with the data's labels or labels drawn by the model"
@@ -139,7 +141,9 @@ class Gal(Section):
         description="which layers: the most sensitive ones, every one, or a plain choice to compare with",
     )
     norm: Literal["2", "inf"] = Field(default="2", description="p-norm that bounds the noise on the embeddings")
-    gamma: Positive = Field(default=0.1, description="γ, the bound of that noise")
+    gamma: Positive = Field(
+        default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
+    )
     lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
     lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
     lanczos_batch: Count = Field(default=32, description="samples of each in that one batch")

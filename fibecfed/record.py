@@ -1,0 +1,225 @@
+"""What a run leaves behind: a folder with config.toml and record.jsonl, a line for the initialization, each round, the end.
+
+A line is written whole and at once, so an interrupted run keeps every finished round. The lines are strict JSON: a
+value that is no number (a loss that diverged) is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from .config import RunConfig, dump_config, load_config
+from .phases import PHASES, DeviceData, EndRecord, Histogram, InitRecord, Lossless, Phase, RoundRecord, Spectrum
+
+__all__ = [
+    "DeviceData",
+    "EndRecord",
+    "Histogram",
+    "InitRecord",
+    "Lossless",
+    "Observer",
+    "RecordError",
+    "RecordWriter",
+    "RoundRecord",
+    "RunRecord",
+    "Spectrum",
+    "from_json",
+    "new_run_dir",
+    "read_record",
+    "to_json",
+    "without_timings",
+    "write_config",
+]
+
+CONFIG_FILE = "config.toml"
+RECORD_FILE = "record.jsonl"
+_READERS: Mapping[str, TypeAdapter[Phase]] = {name: TypeAdapter(kind) for name, kind in PHASES.items()}
+
+
+class RecordError(ValueError):
+    """A folder that holds no readable record; one line that names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A whole run; ``init`` and ``end`` are None where it was interrupted before. ``notes``: what was wrong in the file."""
+
+    config: RunConfig
+    init: InitRecord | None = None
+    rounds: tuple[RoundRecord, ...] = ()
+    end: EndRecord | None = None
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path is not None else self.config.run_name
+
+
+class Observer(Protocol):
+    """Follows a run: progress, tables, logging to anywhere. Called in the thread of the run, in this order."""
+
+    def on_start(self, config: RunConfig, total_rounds: int, info: Mapping[str, Any]) -> None:
+        """``info``: "path" (the run's folder), "device", "train", "test" (samples), whatever else is worth a line."""
+
+    def on_phase(self, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a phase; a new name starts a new phase."""
+
+    def on_init(self, record: InitRecord) -> None: ...
+
+    def on_round(self, record: RoundRecord) -> None: ...
+
+    def on_end(self, record: EndRecord) -> None: ...
+
+
+def to_json(record: Phase) -> str:
+    """One line of strict JSON: ``{"phase": "init" | "round" | "end", …}``; NaN and infinities become null."""
+    phase = next(name for name, kind in PHASES.items() if isinstance(record, kind))
+    return json.dumps({"phase": phase, **_plain(asdict(record))}, ensure_ascii=False, allow_nan=False)
+
+
+def from_json(line: str | bytes) -> Phase:
+    """The record of a line of :func:`to_json`. Raises RecordError naming the field."""
+    try:
+        values = json.loads(line, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise RecordError(f"is not JSON: {error}") from None
+    phase = values.pop("phase", None) if isinstance(values, dict) else None
+    if not isinstance(phase, str) or phase not in PHASES:
+        raise RecordError(f'phase is {phase!r}, wanted "init", "round" or "end"')
+    try:
+        return _READERS[phase].validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecordError(f"{phase}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+class RecordWriter:
+    """Appends to ``run_dir``/record.jsonl, each line whole and on the disk before the next.
+
+    The half line of an earlier interruption is cut off first, so that a run can go on in the same folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = open(run_dir / RECORD_FILE, "ab+", buffering=0)  # noqa: SIM115  closed by close()
+        self._file.seek(0)
+        content = self._file.read()
+        if not content.endswith(b"\n"):
+            self._file.truncate(content.rfind(b"\n") + 1)
+
+    def write(self, record: Phase) -> None:
+        self._file.write(to_json(record).encode() + b"\n")
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def new_run_dir(out: Path | str, name: str) -> Path:
+    """Make the folder ``out``/``name``, or the first free one of name-2, name-3, …: no run overwrites another."""
+    parent = Path(out)
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write ``run_dir``/config.toml, every key as resolved."""
+    (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+
+
+def read_record(run_dir: Path | str) -> RunRecord:
+    """Read a run's folder. A cut last line is left out and said in ``notes``.
+
+    Raises:
+        RecordError: no such folder or file, a damaged line before the last, rounds out of order.
+        ConfigError: config.toml does not fit.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise RecordError(f"{path}: no such folder, wanted the folder of a run")
+    for name in (CONFIG_FILE, RECORD_FILE):
+        if not (path / name).is_file():
+            raise RecordError(f"{path / name}: no such file, wanted the folder of a run")
+    record = RunRecord(config=load_config(path / CONFIG_FILE), path=path)
+    lines = (path / RECORD_FILE).read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        where = f"{path / RECORD_FILE} line {number}"
+        try:
+            entry = from_json(line)
+        except RecordError as error:
+            if number < len(lines):
+                raise RecordError(f"{where}: {error}") from None
+            return replace(record, notes=(f"{where} is cut off or damaged and was left out",))
+        try:
+            record = _extended(record, entry)
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from None
+    return record
+
+
+def without_timings(record: RunRecord) -> RunRecord:
+    """``record`` without wall-clock times, folder and name: equal for two runs of the same configuration and seed."""
+    end = record.end
+    return RunRecord(
+        config=record.config.model_copy(update={"name": None, "out": RunConfig().out}),
+        init=record.init and replace(record.init, seconds={}),
+        rounds=tuple(replace(entry, seconds={}, elapsed=0.0) for entry in record.rounds),
+        end=end and replace(end, seconds={}, elapsed=None, adapter=None),
+    )
+
+
+def _extended(record: RunRecord, line: Phase) -> RunRecord:
+    if record.end is not None:
+        raise RecordError("comes after the end of the run")
+    match line:
+        case InitRecord():
+            if record.init is not None or record.rounds:
+                raise RecordError("init: comes twice or after a round")
+            return replace(record, init=line)
+        case RoundRecord():
+            previous = record.rounds[-1].round if record.rounds else 0
+            if line.round != previous + 1:
+                raise RecordError(f"round: {line.round} comes after {previous}")
+            return replace(record, rounds=(*record.rounds, line))
+        case EndRecord():
+            return replace(record, end=line)
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON has: numbers of numpy and torch become Python's, NaN and infinities None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is not None and not isinstance(value, str | int | float):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
