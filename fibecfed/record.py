@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder with config.toml and record.jsonl, a line for the initialization, each round, the end.
+"""What a run leaves behind: a folder with config.toml and record.jsonl, one line a phase (initialization, rounds, end).
 
 A line is written whole and at once, so an interrupted run keeps every finished round. The lines are strict JSON: a
 value that is no number (a loss that diverged) is null.
@@ -51,7 +51,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A whole run; ``init`` and ``end`` are None where it was interrupted before. ``notes``: what was wrong in the file."""
+    """A whole run; ``init`` and ``end`` are None where it was interrupted before. ``notes``: flaws of the file."""
 
     config: RunConfig
     init: InitRecord | None = None
