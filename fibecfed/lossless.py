@@ -1,0 +1,296 @@
+"""How many layers must travel: the "lossless" rule on the spectrum of a device's Hessian over its LoRA parameters.
+
+``flat`` is a :class:`fibecfed.adapter.FlatAdapter`; its LoRA values come first in the buffer, the head last.
+``loss`` is a function without arguments that computes the scalar loss of one fixed batch at the current values. It must
+be deterministic: differences of losses with dropout are noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .layers import evaluating
+
+Loss = Callable[[], Tensor]
+Method = Literal["differences", "double_backward"]
+
+
+class Flat(Protocol):
+    """What this module needs of a FlatAdapter."""
+
+    @property
+    def data(self) -> nn.Parameter: ...
+
+    @property
+    def grad(self) -> Tensor: ...
+
+    @property
+    def entries(self) -> Sequence[Any]: ...  # of fibecfed_kernels.Entry
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def values(self, layer: int | None) -> slice: ...
+
+    def zero_grad(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """``values`` (k,) float64, ascending Ritz values; ``weights`` (k,) float64, their share of the dim eigenvalues."""
+
+    values: Tensor
+    weights: Tensor
+    dim: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the rule says for one device.
+
+    found: whether a gap was found.  m: directions that can be left out, of dim (0 when no gap was found).
+    share: 1 − m/dim, the share kept; None when no gap was found.
+    eigenvalues, weights: the Ritz values and their weights.  lipschitz: L_k.
+    """
+
+    found: bool
+    m: int
+    dim: int
+    share: float | None
+    eigenvalues: list[float]
+    weights: list[float]
+    lipschitz: float
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields as numbers, lists of numbers and None: what JSON takes."""
+        return asdict(self)
+
+
+def device_decision(
+    flat: Flat,
+    loss: Loss,
+    *,
+    generator: torch.Generator,
+    steps: int = 10,
+    samples: int = 3,
+    radius: float = 1e-2,
+    method: Method = "differences",
+) -> Decision:
+    """The rule for one device: spectrum by ``steps`` of :func:`lanczos`, L_k by :func:`lipschitz`, :func:`decide`.
+
+    ``flat.model`` is in eval mode meanwhile. Costs about 2·steps + 3·samples + 4 backward passes with differences.
+    ``flat.data`` and ``flat.grad`` come back bit by bit. The same generator state gives the same decision.
+    Raises ValueError when ``loss`` has two values for the same parameters.
+    """
+    with evaluating(flat.model):
+        with torch.no_grad():
+            first, second = float(loss()), float(loss())
+        if not math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-7):
+            raise ValueError(f"loss: {first}, then {second} for the same parameters, wanted one value: no dropout")
+        spectrum = lanczos(lambda v: hvp(flat, loss, v, method=method), _lora(flat).stop, steps, generator)
+        bound = lipschitz(flat, loss, generator, samples=samples, radius=radius, method=method)
+    return decide(spectrum, bound)
+
+
+def hvp(flat: Flat, loss: Loss, v: Tensor, *, method: Method = "differences", step: float | None = None) -> Tensor:
+    """H·v with H the Hessian of ``loss`` over the LoRA parameters (the head stands still), at the current values.
+
+    differences::
+
+        H v ≈ ‖v‖ · (∇L(P + s·v/‖v‖) − ∇L(P − s·v/‖v‖)) / (2s),    s = ε^{1/3} · max(1, ‖P‖) by default [ours]
+
+    ε is the machine epsilon of ``flat.data``: at ε^{1/3} rounding and the third derivative cost about the same.
+    double_backward: exact, but the model's operations must have a second derivative (use eager attention; the fused CPU
+    attention has none).
+
+    Args:
+        v: float (d,), d = number of LoRA values.
+        step: s > 0, length of the step.
+
+    Returns (d,) with the dtype and device of ``flat.data``. ``flat.data`` and ``flat.grad`` come back bit by bit.
+    Raises ValueError naming the argument.
+    """
+    lora = _lora(flat)
+    if v.shape != (lora.stop,):
+        raise ValueError(f"v: shape {tuple(v.shape)}, wanted ({lora.stop},), the LoRA values")
+    if step is not None and not 0.0 < step < math.inf:
+        raise ValueError(f"step: {step}, wanted 0 < step < ∞")
+    v = v.detach().to(flat.data)
+    length = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+    if length == 0.0:
+        return torch.zeros_like(v)
+    if method == "double_backward":
+        return _double_backward(flat, loss, v)
+    if method != "differences":
+        raise ValueError(f"method: {method!r}, wanted 'differences' or 'double_backward'")
+    s = torch.finfo(v.dtype).eps ** (1 / 3) * _scale(flat) if step is None else step
+    ahead, behind = _gradient(flat, loss, v * (s / length)), _gradient(flat, loss, v * (-s / length))
+    return (ahead - behind) * (length / (2 * s))
+
+
+def lanczos(matvec: Callable[[Tensor], Tensor], dim: int, steps: int, generator: torch.Generator) -> Spectrum:
+    """Stochastic Lanczos quadrature of a symmetric operator A from one random unit vector [ours].
+
+    k = min(steps, dim) steps with full reorthogonalisation, done twice, in float64. The Ritz values θ_i are the
+    eigenvalues of the tridiagonal T_k, the weight w_i is the squared first component of its i-th eigenvector: (θ, w) is
+    the Gauss quadrature (Golub and Welsch 1969) of the start vector's spectral measure, in which every eigenvalue of A
+    has the weight 1/dim in expectation. Fewer values come back when the vectors seen span an invariant subspace.
+
+    Args:
+        matvec: v ↦ A v, float64 (dim,) in, (dim,) of any dtype and device out.
+        generator: of the start vector; a CPU generator gives the same vector on every device.
+
+    Raises ValueError for dim or steps below 1, or a result of ``matvec`` that is not finite.
+    """
+    if dim < 1 or steps < 1:
+        raise ValueError(f"dim, steps: {dim}, {steps}, wanted both ≥ 1")
+    start = torch.randn(dim, generator=generator, dtype=torch.float64, device=generator.device)
+    basis = (start / start.norm()).cpu()[None]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(steps, dim)):
+        w = matvec(basis[-1]).detach().to(basis)
+        diagonal.append(float(basis[-1] @ w))
+        for _ in range(2):  # once leaves a rest of the size of the cancellation
+            w = w - basis.T @ (basis @ w)
+        beside.append(float(w.norm()))
+        if not math.isfinite(diagonal[-1]) or not math.isfinite(beside[-1]):
+            raise ValueError(f"matvec: not finite in step {len(diagonal)}, wanted a finite product")
+        if beside[-1] <= 1e-12 * max(map(abs, diagonal + beside[:-1])):
+            break
+        basis = torch.cat([basis, (w / beside[-1])[None]])
+    off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(
+        torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    )
+    return Spectrum(values, vectors[0].square(), dim)
+
+
+def lipschitz(
+    flat: Flat,
+    loss: Loss,
+    generator: torch.Generator,
+    *,
+    samples: int = 3,
+    radius: float = 1e-2,
+    method: Method = "differences",
+) -> float:
+    """L_k, an estimate from below of the Lipschitz constant of Φ: Δ ↦ HΔ − ∇L(P + Δ) around 0 [the estimate is ours]::
+
+        L_k = max_i ‖Φ(Δ_i) − Φ(0)‖ / ‖Δ_i‖ = max_i ‖HΔ_i − ∇L(P + Δ_i) + ∇L(P)‖ / ‖Δ_i‖
+
+    over −∇L(P) and ``samples`` random directions, each of length ``radius``·max(1, ‖P‖). It is 0 for a quadratic loss,
+    and about proportional to ``radius``, which says how far from P the quadratic model is asked to hold.
+
+    ``flat.data`` and ``flat.grad`` come back bit by bit. Raises ValueError for samples < 1 or radius ≤ 0.
+    """
+    if samples < 1 or not 0.0 < radius < math.inf:
+        raise ValueError(f"samples, radius: {samples}, {radius}, wanted samples ≥ 1 and 0 < radius < ∞")
+    length, dim = radius * _scale(flat), _lora(flat).stop
+    here = _gradient(flat, loss)
+    directions = [-here.double()] if bool(here.any()) else []
+    for _ in range(samples):
+        drawn = torch.randn(dim, generator=generator, dtype=torch.float64, device=generator.device)
+        directions.append(drawn.to(here.device))
+    ratios = []
+    for direction in directions:
+        shift = (direction * (length / direction.norm())).to(here)
+        change = _gradient(flat, loss, shift).double() - here.double()
+        rest = hvp(flat, loss, shift, method=method).double() - change
+        ratios.append(float(rest.norm() / shift.double().norm()))
+    return max(ratios)
+
+
+def decide(spectrum: Spectrum, lipschitz: float) -> Decision:
+    """The first m with λ_{m+1} − λ_m > 4·L_k: m of the dim directions can be left out [paper; on Ritz values: ours].
+
+    The dim eigenvalues λ_1 ≤ … ≤ λ_dim are represented by the k Ritz values θ_1 ≤ … ≤ θ_k, θ_i standing for as many of
+    them as its weight says. So the λ differ only from one θ to the next, where ::
+
+        m_i = round(dim·(w_1 + … + w_i)), kept in [i, dim − k + i]
+
+    (every θ stands for at least one eigenvalue): m is the first m_i with θ_{i+1} − θ_i > 4·L_k. With k = dim this is
+    the rule itself, whatever the weights. With k < dim eigenvalues may lie between two Ritz values, so that few steps
+    find gaps too easily rather than too rarely.
+
+    Raises ValueError when the values are not ascending and finite, do not match the weights, or lipschitz is not ≥ 0.
+    """
+    values, weights, dim = spectrum.values.tolist(), spectrum.weights.tolist(), spectrum.dim
+    if not 0 < len(values) <= dim or len(weights) != len(values):
+        raise ValueError(f"spectrum: {len(values)} values, {len(weights)} weights, wanted as many of each, 1 … {dim}")
+    if values != sorted(values) or not all(map(math.isfinite, values + weights)):
+        raise ValueError(f"spectrum: values {values}, weights {weights}, wanted finite numbers, the values ascending")
+    if not 0.0 <= lipschitz < math.inf:
+        raise ValueError(f"lipschitz: {lipschitz}, wanted 0 ≤ lipschitz < ∞")
+    below = 0.0
+    for i in range(1, len(values)):
+        below += weights[i - 1]
+        if values[i] - values[i - 1] > 4 * lipschitz:
+            m = min(max(round(dim * below), i), dim - len(values) + i)
+            return Decision(True, m, dim, 1 - m / dim, values, weights, lipschitz)
+    return Decision(False, 0, dim, None, values, weights, lipschitz)
+
+
+def combine_decisions(
+    decisions: Sequence[Decision], sizes: Sequence[int], num_layers: int, default_share: float
+) -> int:
+    """N = clamp(round(layers · Σ_k (n_k/n)(1 − m_k/d_k)), 1, layers) [paper].
+
+    A device without a gap (``found`` is False, which is its record) counts with ``default_share`` in [0, 1] [ours].
+    ``sizes`` are n_k > 0 of the devices asked, n their sum. Raises ValueError naming the argument.
+    """
+    if not decisions or len(sizes) != len(decisions) or not all(0 < size < math.inf for size in sizes):
+        raise ValueError(f"sizes: {list(sizes)} for {len(decisions)} decisions, wanted one number > 0 for each of ≥ 1")
+    if num_layers < 1:
+        raise ValueError(f"num_layers: {num_layers}, wanted ≥ 1")
+    if not 0.0 <= default_share <= 1.0:
+        raise ValueError(f"default_share: {default_share}, wanted 0 ≤ default_share ≤ 1")
+    shares = [default_share if decision.share is None else decision.share for decision in decisions]
+    kept = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes)
+    return min(max(round(num_layers * kept), 1), num_layers)
+
+
+def _lora(flat: Flat) -> slice:
+    return slice(0, flat.values(None).start)
+
+
+def _scale(flat: Flat) -> float:
+    return max(1.0, float(torch.linalg.vector_norm(flat.data.detach()[_lora(flat)], dtype=torch.float64)))
+
+
+def _gradient(flat: Flat, loss: Loss, shift: Tensor | None = None) -> Tensor:
+    """∇L over the LoRA values at P + shift; values and gradients are put back by copying, which undoes no rounding."""
+    lora = _lora(flat)
+    data, grad = flat.data.detach().clone(), flat.grad.detach().clone()
+    try:
+        if shift is not None:
+            with torch.no_grad():
+                flat.data[lora].add_(shift)
+        flat.zero_grad()
+        with torch.enable_grad():
+            loss().backward()
+        return flat.grad[lora].detach().clone()
+    finally:
+        with torch.no_grad():
+            flat.data.copy_(data)
+            flat.grad.copy_(grad)
+
+
+def _double_backward(flat: Flat, loss: Loss, v: Tensor) -> Tensor:
+    entries = [entry for entry in flat.entries if entry.layer is not None]
+    leaves = [flat.model.get_parameter(entry.name) for entry in entries]
+    parts = [v[entry.offset : entry.offset + entry.numel].view(entry.shape) for entry in entries]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)
+        along = [(g * part).sum() for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+        if not along:  # a loss linear in the parameters, or without them
+            return torch.zeros_like(v)
+        products = torch.autograd.grad(torch.stack(along).sum(), leaves, allow_unused=True)
+    pairs = zip(products, leaves, strict=True)
+    return torch.cat([(torch.zeros_like(leaf) if h is None else h).flatten() for h, leaf in pairs]).to(v)
