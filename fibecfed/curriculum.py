@@ -76,7 +76,7 @@ def pacing(name: str, t: int, T: int, *, alpha: float, beta: float, p: float = 2
     _check("p", p, 0.0 < p < math.inf, "0 < p < ∞")
     _check("steps", steps, steps >= 1, "steps ≥ 1")
     passed, span = t - 1, alpha * T
-    # 0.1·30 is 3.0000000000000004 in floating point: round 4 is at its end all the same.
+    # 0.07·100 is 7.000000000000001 in floating point: round 8 is past the end all the same.
     if name == "none" or passed >= span or math.isclose(passed, span, rel_tol=1e-12):
         return 1.0
     if passed == 0:

@@ -58,8 +58,8 @@ def row_mask(
     A local layer keeps its best round(share·rows) rows, at least one when share > 0 and none when it is 0; of equally
     important rows the one with the lower index [ours]. Rows of A (d_in values each) and of B (r values each) compete
     within their layer. At the start B = 0 makes every gradient of A zero: importance measured then puts all rows of B
-    before any row of A, until it is refreshed. ``matrices`` takes the share inside every single matrix instead [ours], so
-    that rows of A and B, whose sums are of different size, are never compared.
+    before any row of A, until it is refreshed. ``matrices`` takes the share inside every single matrix instead [ours]:
+    rows of A and B, whose sums are of different size, are then never compared.
 
     Args:
         importance: float (num_rows,), higher is kept.
