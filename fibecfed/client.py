@@ -16,6 +16,7 @@ from .adapter import FlatAdapter
 from .batches import Encoded, collate, length_buckets
 from .capture import capture_fisher
 from .config import RunConfig
+from .layers import evaluating
 from .optim import MaskedAdamW, MaskedSGD
 from .scoring import classification_loss, score_samples
 from .seeds import stream, torch_seed, torch_stream
@@ -63,19 +64,16 @@ class Client:
     def score(self, device: Device, on_batch: Callable[[int], None] | None = None) -> None:
         """Steps 1 and 5 at the adapter the buffer holds now: Fisher scores of the samples, importance of the
         neurons."""
-        buckets = length_buckets(self.train_set, device.train, self.config.eval.batch_size)
+        buckets = length_buckets(self.train_set, self.config.eval.batch_size, device.train)
         with self.autocast():
             found = score_samples(
                 self.model,
-                (self.batch(self.train_set, bucket) for bucket in buckets),
+                (self.batch(self.train_set, bucket) for bucket in buckets.batches),
                 labels=self.config.curriculum.labels,
                 generator=torch_stream(self.config.seed, "labels", device.index, device.rounds),
                 on_batch=on_batch,
             )
-        place = {sample: i for i, sample in enumerate(device.train.tolist())}
-        where = np.array([place[sample] for bucket in buckets for sample in bucket.tolist()])
-        device.scores = np.empty(device.size, dtype=np.float32)
-        device.scores[where] = found.scores.cpu().numpy()
+        device.scores = found.scores.cpu().numpy()[buckets.inverse]
         self._learn_importance(device, found.diagonal, device.size)
 
     def _learn_importance(self, device: Device, diagonal: Mapping[str, Tensor], samples: int) -> None:
@@ -117,7 +115,8 @@ class Client:
         live = self.config.curriculum.live and self.needs_scores
         lowest = neurons.lowest_active_layer(mask, self._rows)
         optimizer = self._optimizer(mask.to(self.flat.data.device))
-        total, samples, diagonal = 0.0, 0, {}
+        total, samples = 0.0, 0
+        diagonal: dict[str, Tensor] = {}
         with torch.random.fork_rng(), _training(self.model), nullcontext() if live else frozen_below(self.flat, lowest):
             torch.manual_seed(torch_seed(seed, "dropout", round_, device.index))
             for epoch in range(settings.epochs):
@@ -142,7 +141,8 @@ class Client:
         if not chosen.enabled or (device.scores is None and chosen.order != "random"):
             return np.arange(device.size)
         if chosen.order == "random":
-            return stream(self.config.seed, "order", device.index).permutation(device.size)
+            seed = torch_seed(self.config.seed, "order", device.index)
+            return curriculum.order(np.zeros(device.size), "random", seed=seed)
         assert device.scores is not None
         return curriculum.order(device.scores, chosen.order)
 
@@ -172,15 +172,14 @@ class Client:
     @torch.no_grad()
     def predict(self, samples: np.ndarray) -> np.ndarray:
         """Predicted classes (len(samples),) of test samples, in their order, with the adapter the buffer holds now."""
-        predicted = np.empty(len(samples), dtype=np.int64)
-        place = {sample: i for i, sample in enumerate(samples.tolist())}
-        with _evaluating(self.model), self.autocast():
-            for bucket in length_buckets(self.test_set, samples, self.config.eval.batch_size):
+        buckets = length_buckets(self.test_set, self.config.eval.batch_size, samples)
+        predicted = []
+        with evaluating(self.model), self.autocast():
+            for bucket in buckets.batches:
                 batch = self.batch(self.test_set, bucket)
                 batch.pop("labels")
-                classes = self.model(**batch).logits.argmax(-1).cpu().numpy()
-                predicted[[place[sample] for sample in bucket.tolist()]] = classes
-        return predicted
+                predicted.append(self.model(**batch).logits.argmax(-1).cpu().numpy())
+        return np.concatenate(predicted)[buckets.inverse]
 
     # -- the model's surroundings --------------------------------------------------------------------------------
 
@@ -190,7 +189,7 @@ class Client:
 
     def autocast(self) -> torch.autocast:
         """bf16 autocast if the configuration asks for it."""
-        return torch.autocast(self.flat.data.device.type, torch.bfloat16, enabled=self.config.model.autocast)
+        return torch.autocast(self.flat.data.device.type, torch.bfloat16, enabled=self.config.autocast)
 
 
 @contextmanager
@@ -218,13 +217,3 @@ def _training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.eval()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -37,7 +37,7 @@ def export_adapter(fed: Federation, server: Server, store: LocalStore, path: Pat
                 store.load(device.index)
                 yield plan.pack(fed.flat, round=0, num_samples=device.size)
 
-        mean = aggregate(plan, uploads(), [device.size for device in trained])
+        mean = aggregate(plan, uploads(), [device.size for device in trained], round=0, device=fed.flat.data.device)
         plan.scatter_(mean, fed.flat)
         bytes_up = plan.nbytes * len(trained)
         server.put()  # the head travelled along and is the server's to say

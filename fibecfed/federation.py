@@ -47,12 +47,10 @@ class Federation:
 def build(config: RunConfig) -> Federation:
     """Load data and model, divide the data over the devices. Raises the rooms' own errors for what does not fit."""
     data, split = config.data, config.partition
+    columns = {"text": data.text, "pair": data.pair, "label": data.label, "key": data.key}
     task = load_task(
         data.source,
-        text=data.text,
-        pair=data.pair,
-        label=data.label,
-        key=data.key,
+        **{column: name for column, name in columns.items() if name is not None},
         test=data.test,
         test_fraction=data.test_fraction,
         max_train=data.max_train,
@@ -69,7 +67,10 @@ def build(config: RunConfig) -> Federation:
         min_size=split.min_size,
         seed=config.seed,
     )
-    tests = split_like(task.train.labels, parts, task.test.labels, seed=config.seed)
+    keys = (task.train.keys, task.test.keys) if split.scheme == "key" else (None, None)
+    tests = split_like(
+        task.train.labels, parts, task.test.labels, seed=config.seed, train_keys=keys[0], test_keys=keys[1]
+    )
     model = config.model
     loaded = load_model(
         model.source,
@@ -80,9 +81,10 @@ def build(config: RunConfig) -> Federation:
         rslora=model.rslora,
         targets=model.targets,
         dtype=model.dtype,
+        attn=model.attn,
         seed=config.seed,
     )
-    loaded.model.to(pick_device(model.device))
+    loaded.model.to(pick_device(config.device))
     return Federation(
         config=config,
         task=task,

@@ -3,10 +3,8 @@ for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from . import layers, lossless
 from .client import Client, Device
 from .federation import Federation
+from .phases import Lossless, Spectrum
 from .scoring import classification_loss
 from .seeds import stream, torch_stream
 from .stopwatch import Stopwatch
@@ -29,7 +28,7 @@ class Choice:
 
     gal: tuple[int, ...]
     sensitivity: dict[int, float] = field(default_factory=dict)
-    lossless: dict[str, Any] = field(default_factory=dict)
+    lossless: Lossless | None = None
     bytes_up: int = 0
 
 
@@ -52,11 +51,11 @@ def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: O
     else:
         with watch.phase("lossless"):
             choice.lossless = _lossless(fed, client, on_phase)
-        count = choice.lossless["count"]
-        choice.bytes_up += SCALAR_BYTES * len(choice.lossless["devices"])
+        count = choice.lossless.layers
+        choice.bytes_up += SCALAR_BYTES * len(choice.lossless.devices)
     if gal.selection == "sensitive":
-        best = layers.choose_gal(torch.tensor(list(choice.sensitivity.values()), dtype=torch.float64), count)
-        choice.gal = tuple(sorted(available[i] for i in best))
+        ranked = torch.tensor(list(choice.sensitivity.values()), dtype=torch.float64)
+        choice.gal = layers.choose_gal(ranked, count, available)
     elif gal.selection == "random":
         choice.gal = tuple(sorted(stream(fed.config.seed, "gal").choice(available, size=count, replace=False).tolist()))
     else:
@@ -65,7 +64,7 @@ def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: O
 
 
 def _sensitivity(fed: Federation, client: Client, on_phase: OnPhase) -> Tensor:
-    norm = math.inf if str(fed.config.gal.norm) == "inf" else float(fed.config.gal.norm)
+    norm = float(fed.config.gal.norm)
     values = []
     for done, device in enumerate(fed.devices):
         on_phase("sensitivity", done, len(fed.devices))
@@ -76,7 +75,7 @@ def _sensitivity(fed: Federation, client: Client, on_phase: OnPhase) -> Tensor:
     return every[list(fed.flat.layers)]
 
 
-def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, Any]:
+def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> Lossless:
     settings, seed = fed.config.gal, fed.config.seed
     asked = min(settings.lanczos_devices, len(fed.devices))
     chosen = sorted(stream(seed, "lossless").choice(len(fed.devices), size=asked, replace=False).tolist())
@@ -97,12 +96,23 @@ def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, A
     count = lossless.combine_decisions(
         decisions, [fed.devices[k].size for k in chosen], len(fed.flat.layers), settings.default_share
     )
-    return {
-        "count": count,
-        "found": any(d.found for d in decisions),
-        "default_share": settings.default_share,
-        "devices": {str(k): d.to_record() for k, d in zip(chosen, decisions, strict=True)},
-    }
+    kept = [settings.default_share if d.share is None else d.share for d in decisions]
+    return Lossless(
+        found=any(d.found for d in decisions),
+        share=float(np.average(kept, weights=[fed.devices[k].size for k in chosen])),
+        layers=count,
+        devices=tuple(
+            Spectrum(
+                device=k,
+                eigenvalues=tuple(d.eigenvalues),
+                lipschitz=d.lipschitz,
+                gap=float(d.m) if d.found else None,
+                dim=d.dim,
+                seed=seed,
+            )
+            for k, d in zip(chosen, decisions, strict=True)
+        ),
+    )
 
 
 def _one_batch(fed: Federation, device: Device, size: int) -> np.ndarray:

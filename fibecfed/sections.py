@@ -144,6 +144,7 @@ class Gal(Section):
     gamma: Positive = Field(
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
+    sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")
     lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
     lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
     lanczos_batch: Count = Field(default=32, description="samples of each in that one batch")

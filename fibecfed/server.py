@@ -37,10 +37,10 @@ class Server:
         self._flat.check(gradients=False)
         self.plan.scatter_(self.values, self._flat)
 
-    def average(self, uploads: Iterable[Tensor], weights: Sequence[float]) -> None:
+    def average(self, uploads: Iterable[Tensor], weights: Sequence[float], round_: int) -> None:
         """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
         arrive."""
-        self.values = aggregate(self.plan, uploads, weights)
+        self.values = aggregate(self.plan, uploads, weights, round=round_, device=self.values.device)
 
 
 class LocalStore:

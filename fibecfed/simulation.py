@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import curriculum
 from .client import Client, Device, TrainResult
-from .config import RunConfig, dump_config
+from .config import RunConfig
 from .evaluation import measures
 from .export import export_adapter
 from .federation import Federation, build
 from .initialization import Choice, choose_layers, score_all
-from .record import EndRecord, InitRecord, Observer, RecordWriter, RoundRecord, RunRecord, SilentObserver, new_run_dir
+from .phases import DeviceData, EndRecord, Histogram, InitRecord, RoundRecord
+from .record import Observer, RecordWriter, RunRecord, new_run_dir, write_config
 from .server import LocalStore, Server, weighted_mean
 from .stopwatch import Stopwatch
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
@@ -35,7 +39,21 @@ def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
 
     Source: FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131), steps 1-9.
     """
-    return _Simulation(config, observer or SilentObserver()).run()
+    return _Simulation(config, observer or Silent()).run()
+
+
+class Silent:
+    """An Observer that shows nothing."""
+
+    def on_start(self, config: RunConfig, total_rounds: int, info: Mapping[str, Any]) -> None: ...
+
+    def on_phase(self, name: str, done: int, total: int) -> None: ...
+
+    def on_init(self, record: InitRecord) -> None: ...
+
+    def on_round(self, record: RoundRecord) -> None: ...
+
+    def on_end(self, record: EndRecord) -> None: ...
 
 
 class _Simulation:
@@ -51,7 +69,7 @@ class _Simulation:
     def run(self) -> RunRecord:
         config, fed = self.config, self.fed
         path = new_run_dir(Path(config.out), config.run_name)
-        (path / "config.toml").write_text(dump_config(config))
+        write_config(path, config)
         info = {
             "path": str(path),
             "devices": len(fed.devices),
@@ -93,31 +111,47 @@ class _Simulation:
 
     def _init_record(self, choice: Choice) -> InitRecord:
         fed = self.fed
-        scored = [d.scores for d in fed.devices if d.scores is not None]
-        scores = np.concatenate(scored) if scored else np.zeros(0)
-        mask = self.client.mask(fed.devices[0])
-        labels = fed.task.train.labels
-        return InitRecord.from_scores(
-            scores,
-            sensitivity=choice.sensitivity,
+        labels, classes = fed.task.train.labels, len(fed.task.classes)
+        masks = self._masks()
+        quantiles, histogram = self._score_summary()
+        return InitRecord(
+            gal=choice.gal,
+            sensitivity=dict(choice.sensitivity),
             lossless=choice.lossless,
-            gal=list(choice.gal),
-            rows_active=int(mask.sum()),
+            rows_active=int(self.client.mask(fed.devices[0]).sum()),
             rows_total=self.flat.num_rows,
-            masks={
-                layer: [int(mask[self.flat.rows(layer)].sum()), len(mask[self.flat.rows(layer)])]
-                for layer in self.flat.layers
-            },
+            masks=masks,
             seconds=self.watch.take(),
             bytes_up=choice.bytes_up,
             bytes_down=0,
             majority=fed.majority,
             personal_majority=weighted_mean([fed.own_majority(d) for d in fed.devices], fed.sizes),
-            devices=[
-                {"size": d.size, "labels": np.bincount(labels[d.train], minlength=len(fed.task.classes)).tolist()}
-                for d in fed.devices
-            ],
+            score_quantiles=quantiles,
+            score_histogram=histogram,
+            devices=tuple(
+                DeviceData(d.size, tuple(np.bincount(labels[d.train], minlength=classes).tolist())) for d in fed.devices
+            ),
         )
+
+    def _masks(self) -> dict[int, tuple[int, int]]:
+        """(active rows, rows) of every layer, the mean over the devices that have chosen their neurons (else of all)."""
+        chosen = [d for d in self.fed.devices if d.importance is not None] or self.fed.devices
+        mean = torch.stack([self.client.mask(d).double() for d in chosen]).mean(0)
+        spans = {layer: self.flat.rows(layer) for layer in self.flat.layers}
+        return {layer: (round(float(mean[rows].sum())), rows.stop - rows.start) for layer, rows in spans.items()}
+
+    def _score_summary(self) -> tuple[dict[float, float | None], Histogram | None]:
+        """Quantiles and logarithmic histogram of the Fisher scores known so far."""
+        known = [d.scores for d in self.fed.devices if d.scores is not None]
+        if not known:
+            return {}, None
+        scores = np.concatenate(known).astype(np.float64)
+        quantiles = {q: float(np.quantile(scores, q)) for q in QUANTILES}
+        positive = np.log10(scores[scores > 0])
+        if not len(positive):
+            return quantiles, None
+        counts, edges = np.histogram(positive, bins=30)
+        return quantiles, Histogram(tuple((10.0**edges).tolist()), tuple(counts.tolist()))
 
     # -- tuning phase --------------------------------------------------------------------------------------------
 
@@ -143,17 +177,16 @@ class _Simulation:
         with self.watch.phase("pack"):
             broadcast = self.server.broadcast(t)
         with self.watch.phase("aggregate"):
-            self.server.average(uploads(broadcast), [device.size for device in drawn])
+            self.server.average(uploads(broadcast), [device.size for device in drawn], t)
         evaluated = t % config.eval.every == 0 or t == config.train.rounds
         accuracies = self._evaluate() if evaluated else {}
         up, down = len(drawn) * plan.nbytes, len(drawn) * plan.nbytes
         samples = sum(result.samples for result in results)
         return RoundRecord(
             round=t,
-            devices=[device.index for device in drawn],
+            devices=tuple(device.index for device in drawn),
             loss=sum(result.loss * result.samples for result in results) / max(1, samples),
             data_share=share,
-            samples=samples,
             layers_active=len(self.client.gal),
             rows_active=round(float(np.mean([result.rows for result in results]))),
             rows_total=self.flat.num_rows,
@@ -236,20 +269,23 @@ class _Simulation:
     def _finish(self, path: Path, init: InitRecord, rounds: list[RoundRecord]) -> EndRecord:
         with self.watch.phase("export"):
             exported = export_adapter(self.fed, self.server, self.store, path / "adapter")
-        accuracies = {"global_accuracy": rounds[-1].global_accuracy, "personal_accuracy": rounds[-1].personal_accuracy}
-        scored = [d.scores for d in self.fed.devices if d.scores is not None]
         every = [init, *rounds]
         seconds: dict[str, float] = {}
         for part in [*(r.seconds for r in every), self.watch.take()]:
             for phase, value in part.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
-        return EndRecord.from_scores(
-            np.concatenate(scored) if scored else np.zeros(0),
-            **accuracies,
+        quantiles, histogram = self._score_summary()
+        return EndRecord(
+            global_accuracy=rounds[-1].global_accuracy,
+            personal_accuracy=rounds[-1].personal_accuracy,
             majority=init.majority,
             personal_majority=init.personal_majority,
             bytes_up=sum(r.bytes_up for r in every) + exported.bytes_up,
             bytes_down=sum(r.bytes_down for r in every),
             seconds=seconds,
-            adapter="adapter",
+            adapter=exported.path.name,
+            elapsed=self.watch.elapsed,
+            score_quantiles=quantiles,
+            score_histogram=histogram,
+            masks=self._masks(),
         )
