@@ -1,126 +1,127 @@
-"""What is recorded of a run's phases: the initialization, each round, the end. Times in seconds, sizes in bytes."""
+"""What is recorded of a run's phases: the initialization, each round, the end. Times in seconds, sizes in bytes.
+
+The fields are plain JSON-shaped data (lists, dicts, numbers), so that what is read back equals what was written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+BINS = 40
 
 
 @dataclass(frozen=True)
 class Histogram:
     """``counts[i]`` values lie between ``edges[i]`` and ``edges[i + 1]``."""
 
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
+    edges: list[float]
+    counts: list[int]
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """One device's answer to the lossless rule: ascending eigenvalue estimates of its Hessian over ``dim`` directions.
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What every phase costs: bytes at the wire by direction, wall seconds by activity (they sum to its duration)."""
 
-    ``gap``: the directions m left out by the first gap above 4·``lipschitz``; None: there is no such gap.
-    """
-
-    device: int
-    eigenvalues: tuple[float | None, ...]
-    lipschitz: float | None
-    gap: float | None
-    dim: int
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Lossless:
-    """The lossless rule's answer: ``layers`` kept, ``share`` of the directions kept, and the devices' spectra.
-
-    ``found`` is False where no device had a gap: ``share`` is then the configured one.
-    """
-
-    found: bool
-    share: float | None
-    layers: int
-    devices: tuple[Spectrum, ...] = ()
-
-
-@dataclass(frozen=True)
-class DeviceData:
-    """What lies on a device: number of training samples, and of each class."""
-
-    size: int
-    labels: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class InitRecord:
-    """The initialization phase. ``sensitivity`` and ``masks`` (active rows, rows) are by layer; times in seconds.
-
-    ``majority``: accuracy of always naming the test set's most frequent class; ``personal_majority``: of every device
-    naming its own training data's, on its own test split. Scores are those known so far: with lazy scoring, none.
-    """
-
-    gal: tuple[int, ...]
-    rows_active: int
-    rows_total: int
-    seconds: dict[str, float]
     bytes_up: int
     bytes_down: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Cost):
+    """What is kept of the samples' Fisher scores: quantiles {share: score} and a histogram over logarithmic bins.
+
+    Both are empty where nothing is scored yet; ``score_histogram`` leaves scores of zero out, which have no logarithm.
+    """
+
+    score_quantiles: dict[float, float | None] = field(default_factory=dict)
+    score_histogram: Histogram | None = None
+
+    @classmethod
+    def from_scores(cls, scores: ArrayLike, **fields: Any) -> Self:
+        """The record with ``fields`` and what it keeps of ``scores``, (n,), n ≥ 0; values that are not finite are left
+        out."""
+        values = np.asarray(scores, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        if values.size:
+            quantiles = np.quantile(values, QUANTILES)
+            fields["score_quantiles"] = dict(zip(QUANTILES, quantiles.tolist(), strict=True))
+        positive = values[values > 0]
+        if positive.size:
+            low, high = np.log10(positive.min()), np.log10(positive.max())
+            margin = 1e-3 if high > low else 0.5  # one value alone has a bin of its own around it
+            edges = np.logspace(low - margin, high + margin, BINS + 1)
+            counts = np.histogram(positive, edges)[0]
+            fields["score_histogram"] = Histogram(edges.tolist(), counts.tolist())
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitRecord(Scored):
+    """The initialization phase.
+
+    gal: the layers that travel. rows_active, masks {layer: [active rows, rows]}: of one device. majority: accuracy of
+    always naming the most frequent class; personal_majority: the same on every device's own test samples. sensitivity:
+    {layer: I_l}, empty where it was not measured. lossless: the rule's decision, "found", "count" and for each device
+    asked its spectrum, Lipschitz estimate and gap; empty where the number of layers was given. devices: {"size",
+    "labels" (samples of each class)}. With lazy scoring no scores are known yet.
+    """
+
+    gal: list[int]
+    rows_active: int
+    rows_total: int
     majority: float | None = None
     personal_majority: float | None = None
     sensitivity: dict[int, float | None] = field(default_factory=dict)
-    lossless: Lossless | None = None
-    masks: dict[int, tuple[int, int]] = field(default_factory=dict)
-    score_quantiles: dict[float, float | None] = field(default_factory=dict)
-    score_histogram: Histogram | None = None
-    devices: tuple[DeviceData, ...] = ()
-    modelled_seconds: float = 0.0
+    lossless: dict[str, Any] = field(default_factory=dict)
+    masks: dict[int, list[int]] = field(default_factory=dict)
+    devices: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class RoundRecord:
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord(Cost):
     """One round; rounds count from 1. An accuracy is None where the round was not evaluated.
 
-    ``seconds``: wall seconds by phase (init, train, pack, aggregate, evaluate). ``elapsed``: wall seconds since the
-    start of the run, initialization included. ``modelled_seconds``: communication over the configured link. Bytes are
-    those of this round. ``global_metrics``: Matthews correlation, F1, … beside the accuracy.
+    devices: those drawn. loss: mean over the samples trained on. data_share: c(t). samples: trained on, repetitions
+    counted. rows_active: mean over the devices drawn. seconds: by activity (init, train, pack, aggregate, evaluate).
+    modelled_seconds: communication over the configured link. elapsed: wall seconds since the start of the run,
+    initialization included. global_metrics: beside the accuracy.
     """
 
     round: int
-    devices: tuple[int, ...]
+    devices: list[int]
     loss: float | None
     data_share: float
     layers_active: int
     rows_active: int
     rows_total: int
-    bytes_up: int
-    bytes_down: int
-    seconds: dict[str, float]
     modelled_seconds: float
     elapsed: float
+    samples: int | None = None
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
     global_metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class EndRecord:
-    """The end of a run: final accuracies, and totals over initialization, rounds and the final upload.
+@dataclass(frozen=True, kw_only=True)
+class EndRecord(Scored):
+    """The end of a run: final accuracies; bytes and seconds over initialization, rounds and the final upload.
 
-    ``adapter``: the exported PEFT folder, relative to the run's. Scores and masks are those known at the end: with lazy
-    scoring of the devices that were drawn.
+    adapter: the exported PEFT folder, relative to the run's. The scores are those known by then: with lazy scoring, of
+    the devices that were drawn.
     """
 
     global_accuracy: float | None
     personal_accuracy: float | None
     majority: float | None
     personal_majority: float | None
-    bytes_up: int
-    bytes_down: int
-    seconds: dict[str, float]
     adapter: str | None = None
-    elapsed: float | None = None
-    score_quantiles: dict[float, float | None] = field(default_factory=dict)
-    score_histogram: Histogram | None = None
-    masks: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 Phase = InitRecord | RoundRecord | EndRecord

@@ -17,27 +17,24 @@ from typing import Any, Protocol, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from .config import RunConfig, dump_config, load_config
-from .phases import PHASES, DeviceData, EndRecord, Histogram, InitRecord, Lossless, Phase, RoundRecord, Spectrum
+from .config import RunConfig, load_config
+from .phases import PHASES, EndRecord, Histogram, InitRecord, Phase, RoundRecord
 
 __all__ = [
-    "DeviceData",
     "EndRecord",
     "Histogram",
     "InitRecord",
-    "Lossless",
     "Observer",
     "RecordError",
     "RecordWriter",
     "RoundRecord",
     "RunRecord",
-    "Spectrum",
+    "SilentObserver",
     "from_json",
     "new_run_dir",
     "read_record",
     "to_json",
     "without_timings",
-    "write_config",
 ]
 
 CONFIG_FILE = "config.toml"
@@ -73,6 +70,20 @@ class Observer(Protocol):
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of a phase; a new name starts a new phase."""
+
+    def on_init(self, record: InitRecord) -> None: ...
+
+    def on_round(self, record: RoundRecord) -> None: ...
+
+    def on_end(self, record: EndRecord) -> None: ...
+
+
+class SilentObserver:
+    """An :class:`Observer` that does nothing; a base for one that looks at a part only."""
+
+    def on_start(self, config: RunConfig, total_rounds: int, info: Mapping[str, Any]) -> None: ...
+
+    def on_phase(self, name: str, done: int, total: int) -> None: ...
 
     def on_init(self, record: InitRecord) -> None: ...
 
@@ -147,11 +158,6 @@ def new_run_dir(out: Path | str, name: str) -> Path:
             return path
 
 
-def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write ``run_dir``/config.toml, every key as resolved."""
-    (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-
-
 def read_record(run_dir: Path | str) -> RunRecord:
     """Read a run's folder. A cut last line is left out and said in ``notes``.
 
@@ -189,7 +195,7 @@ def without_timings(record: RunRecord) -> RunRecord:
         config=record.config.model_copy(update={"name": None, "out": RunConfig().out}),
         init=record.init and replace(record.init, seconds={}),
         rounds=tuple(replace(entry, seconds={}, elapsed=0.0) for entry in record.rounds),
-        end=end and replace(end, seconds={}, elapsed=None, adapter=None),
+        end=end and replace(end, seconds={}),
     )
 
 
@@ -204,7 +210,7 @@ def _extended(record: RunRecord, line: Phase) -> RunRecord:
         case RoundRecord():
             previous = record.rounds[-1].round if record.rounds else 0
             if line.round != previous + 1:
-                raise RecordError(f"round: {line.round} comes after {previous}")
+                raise RecordError(f"round: {line.round} comes after {previous}, wanted {previous + 1}")
             return replace(record, rounds=(*record.rounds, line))
         case EndRecord():
             return replace(record, end=line)

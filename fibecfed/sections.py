@@ -26,16 +26,18 @@ class Data(Section):
     """What is classified: a labelled data set and how it is cut into training and test samples."""
 
     source: Text = Field(
-        default="demo", description='"demo", a file (jsonl, csv, tsv, parquet) or a data set on the hub'
+        default="demo",
+        description='"demo", a file (jsonl, csv, tsv, parquet), a folder with train.* and test.*, "hub:NAME"',
     )
-    text: Text | None = Field(default=None, description="column with the text; unset: the source's own")
+    text: Text = Field(default="text", description="column with the text; the usual names of benchmarks are found too")
     pair: Text | None = Field(default=None, description="column with a second text, for tasks on pairs of sentences")
-    label: Text | None = Field(default=None, description="column with the class; unset: the source's own")
+    label: Text = Field(default="label", description="column with the class")
     key: Text | None = Field(
-        default=None, description='column that says whose sample it is, for partition.scheme = "key"'
+        default=None,
+        description='column that says whose sample it is, for partition.scheme = "key"; the demo\'s: the film',
     )
     test: Text | None = Field(
-        default=None, description="file or split to test on; unset: a share of the source is kept apart"
+        default=None, description="file or split to test on; unset: the source's, or a share of it"
     )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=0.2, description="that share")
     max_train: Annotated[Count | None, OrNone] = Field(default=None, description="use at most so many training samples")
@@ -60,6 +62,10 @@ class Model(Section):
     attn: Text | None = Field(
         default=None, description='attention of transformers ("sdpa", "eager", …); unset: its own choice'
     )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = Field(
+        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "xpu" or "mps"'
+    )
+    autocast: bool = Field(default=False, description="bfloat16 autocast in forward and backward passes")
 
 
 class Partition(Section):
@@ -144,6 +150,7 @@ class Gal(Section):
     gamma: Positive = Field(
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
+    sensitivity_batch: Count = Field(default=32, description="samples of each device in its one batch")
     sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")
     lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
     lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
