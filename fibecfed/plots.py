@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .record import RoundRecord, RunRecord
+from .record import RoundRecord, RunRecord, labels
 
 # Okabe and Ito's colours: told apart with any colour vision; markers and dashes tell the lines apart without colour.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY = (
@@ -45,8 +45,8 @@ def accuracy_figure(record: RunRecord) -> Figure | None:
     if record.init is not None:
         by_time.axvspan(0.0, sum(record.init.seconds.values()), color=GREY, alpha=0.25, lw=0, label="initialization")
     by_time.set_xlim(left=0.0)
-    handles, labels = by_time.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    handles, legend = by_time.get_legend_handles_labels()
+    figure.legend(handles, legend, loc="outside lower center", ncols=len(legend), frameon=False)
     figure.suptitle(record.name)
     return figure
 
@@ -87,16 +87,17 @@ def scores_figure(record: RunRecord) -> Figure | None:
     axes = figure.subplots()
     axes.stairs(histogram.counts, histogram.edges, fill=True, color=SKY, edgecolor=BLUE)
     axes.set_xscale("log")
-    for (quantile, value), style in zip(sorted(known.score_quantiles.items()), cycle((":", "--", "-."))):
+    for quantile, dashes in ((0.1, ":"), (0.5, "-"), (0.9, "--")):
+        value = known.score_quantiles.get(quantile)
         if value is not None and histogram.edges[0] <= value <= histogram.edges[-1]:
-            axes.axvline(value, color=VERMILLION, ls=style, lw=1.2, label=f"{100 * quantile:g} %: {value:.3g}")
-    axes.set_xlabel("Fisher score of a sample (squared gradient norm), easy to hard")
+            axes.axvline(value, color=VERMILLION, ls=dashes, lw=1.5, label=f"{100 * quantile:g} % below {value:.3g}")
+    axes.set_xlabel("Fisher score of a sample (squared gradient norm), easy → hard")
     axes.set_ylabel("samples")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(title="quantiles", frameon=False)
+        axes.legend(frameon=False)
     figure.suptitle(f"{record.name}: difficulty of the training samples")
     return figure
 
@@ -117,18 +118,19 @@ def compare_figure(records: Sequence[RunRecord]) -> Figure | None:
     )
     figure = Figure(figsize=(13, 1.4 + 3.4 * len(kinds)), layout="constrained")
     grid = figure.subplots(len(kinds), len(scales), sharey="row", sharex="col", squeeze=False)
+    names = labels(records)
     for row, (key, label) in zip(grid, kinds, strict=True):
         row[0].set_ylabel(label)
         for axes, (_, x) in zip(row, scales, strict=True):
-            for record, style in zip(records, cycle(STYLES)):
-                _line(axes, record, x, key, record.name, *style)
+            for record, name, style in zip(records, names, cycle(STYLES), strict=False):
+                _line(axes, record, x, key, name, *style)
             _finish(axes)
     for axes, (label, _) in zip(grid[-1], scales, strict=True):
         axes.set_xlabel(label)
         axes.set_xlim(left=0.0)
     grid[-1][0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    handles, legend = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, legend, loc="outside lower center", ncols=min(len(legend), 4), frameon=False)
     return figure
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ __all__ = [
     "RunRecord",
     "SilentObserver",
     "from_json",
+    "labels",
     "new_run_dir",
     "read_record",
     "to_json",
@@ -186,6 +187,14 @@ def read_record(run_dir: Path | str) -> RunRecord:
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from None
     return record
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """A label for each of several runs: its name, or its folder where two have the same name."""
+    names = [record.name for record in records]
+    return [
+        str(record.path or name) if names.count(name) > 1 else name for record, name in zip(records, names, strict=True)
+    ]
 
 
 def without_timings(record: RunRecord) -> RunRecord:

@@ -14,7 +14,7 @@ from rich.table import Table
 from .config import RunConfig
 from .phases import Cost
 from .plots import write_comparison, write_plots
-from .record import RoundRecord, RunRecord
+from .record import RoundRecord, RunRecord, labels
 
 __all__ = [
     "Reached",
@@ -124,9 +124,9 @@ def comparison_table(records: Sequence[RunRecord], target: float, kind: Kind = "
     """A row a run: its best and last accuracy, and what it had spent when it first reached ``target``."""
     title = f"to {percent(target)} % {kind} accuracy"
     table = _table(title, ("run", "best %", "last %", "round", "s", "s − test", "link s", "up MB", "down MB"))
-    for record in records:
+    for record, name in zip(records, labels(records), strict=True):
         spent = reached(record, target, kind)
-        cells = [record.name, percent(_best(record, kind)), percent(_last(record, kind))]
+        cells = [name, percent(_best(record, kind)), percent(_last(record, kind))]
         if spent is None:
             cells += ["never", *[ABSENT] * 5]
         else:
@@ -168,7 +168,7 @@ def print_comparison(records: Sequence[RunRecord], console: Console, target: flo
         aim = target if target is not None else common_target(records, kind)
         if aim is not None:
             console.print(comparison_table(records, aim, kind))
-    table = _table("settings that differ", ("key", *(record.name for record in records)))
+    table = _table("settings that differ", ("key", *labels(records)))
     for key, values in differences([record.config for record in records]).items():
         table.add_row(key, *map(_setting, values))
     if table.row_count:
