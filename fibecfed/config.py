@@ -32,6 +32,10 @@ class RunConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="of every random choice")
     out: Text = Field(default="runs", description="folder that holds the runs")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = Field(
+        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "xpu" or "mps"'
+    )
+    autocast: bool = Field(default=False, description="bfloat16 autocast in forward and backward passes")
     data: Data = Data()
     model: Model = Model()
     partition: Partition = Partition()
@@ -177,7 +181,8 @@ def _parse_value(key: str, text: str) -> Any:
     value = parsed["value"] if len(parsed) == 1 else text
     # A column or file may be called 2024 or true: where text is wanted, only a quoted value is parsed.
     field = dict(_fields()).get(key)
-    wants_text = field is not None and "str" in str(field.annotation) and "list" not in str(field.annotation)
+    annotation = "" if field is None else str(field.annotation)
+    wants_text = "str" in annotation and "list" not in annotation
     return text if wants_text and not isinstance(value, str) else value
 
 

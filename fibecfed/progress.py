@@ -18,8 +18,8 @@ from .report import megabytes, number, percent, seconds
 class RichObserver:
     """An observer of :func:`fibecfed.run` for a terminal; a context manager, so that the bar always ends.
 
-    Where ``console`` is no terminal the bar is left out and the lines stay. ``path`` and ``rounds`` tell afterwards which
-    folder the run has and how many rounds are finished.
+    Where ``console`` is no terminal the bar is left out and the lines stay. ``path`` and ``rounds`` tell afterwards
+    which folder the run has and how many rounds are finished.
     """
 
     def __init__(self, console: Console) -> None:

@@ -48,7 +48,7 @@ class Data(Section):
 class Model(Section):
     """The frozen base model and the LoRA adapter on it."""
 
-    source: Text = Field(default="demo", description='"demo", a folder, a GGUF file or a model on the hub')
+    source: Text = Field(default="demo", description='"demo", a folder, a .gguf file or "hub:NAME"')
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the base model; the adapter is float32"
     )
@@ -59,13 +59,9 @@ class Model(Section):
     targets: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None, description="names of the linear modules that carry LoRA; unset: query and value of every block"
     )
-    attn: Text | None = Field(
-        default=None, description='attention of transformers ("sdpa", "eager", …); unset: its own choice'
+    attn: Literal["eager", "sdpa"] | None = Field(
+        default=None, description='attention, "eager" or "sdpa"; unset: what transformers chooses'
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = Field(
-        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "xpu" or "mps"'
-    )
-    autocast: bool = Field(default=False, description="bfloat16 autocast in forward and backward passes")
 
 
 class Partition(Section):
@@ -150,7 +146,6 @@ class Gal(Section):
     gamma: Positive = Field(
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
-    sensitivity_batch: Count = Field(default=32, description="samples of each device in its one batch")
     sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")
     lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
     lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
