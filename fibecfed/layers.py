@@ -106,7 +106,8 @@ def perturbation(grad: Tensor, norm: float, gamma: float) -> Tensor:
         step = step / step.sum(dim=1, keepdim=True).clamp_min(1.0)
     else:
         q = 1.0 if math.isinf(norm) else norm / (norm - 1.0)
-        step = size ** (q - 1.0) / torch.linalg.vector_norm(size, q, dim=1, keepdim=True).clamp_min(tiny) ** (q - 1.0)
+        length = torch.linalg.vector_norm(size, q, dim=1, keepdim=True).clamp_min(1.0)  # ≥ 1 unless all is zero
+        step = (size / length) ** (q - 1.0)
     return (gamma * flat.sign() * step).view_as(grad)
 
 
