@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +28,15 @@ FAMILIES: dict[str, tuple[Any, list[str]]] = {
 }
 SENTENCES = [[7, 3, 12, 9, 30, 21, 2], [5, 8, 11], [4, 35, 19, 6, 28]]
 LABELS = [2, 0, 1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """For models this small a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(family: str, task: str = "SequenceClassification") -> nn.Module:
