@@ -82,13 +82,7 @@ void wire_pack_(const Tensor& data, const Tensor& table, Tensor values, Tensor s
   auto* q = static_cast<int8_t*>(values.data_ptr());
   auto* scale = static_cast<float*>(scales.data_ptr());
   for_lines(lines, table, values, [=](const Line& l) {
-    for (int64_t r = 0; r < l.rows; ++r) {
-      const float* row = x + l.data + r * l.length;
-      const float most = wire::float_of(wire::largest(row, l.length));
-      const bool zero = most < wire::kSmallestMaximum;  // false for NaN, which then shows in the scale
-      scale[l.row + r] = zero ? 0.0f : most / 127.0f;
-      wire::quantize(row, q + l.value + r * l.length, l.length, zero ? 0.0f : 127.0f / most);
-    }
+    wire::quantize_rows(x + l.data, q + l.value, scale + l.row, l.rows, l.length);
   });
 }
 
@@ -104,8 +98,7 @@ void wire_unpack_(const Tensor& values, const Tensor& scales, const Tensor& tabl
   const auto* q = static_cast<const int8_t*>(values.data_ptr());
   const auto* scale = static_cast<const float*>(scales.data_ptr());
   for_lines(lines, table, values, [=](const Line& l) {
-    for (int64_t r = 0; r < l.rows; ++r)
-      wire::dequantize(q + l.value + r * l.length, x + l.data + r * l.length, l.length, scale[l.row + r]);
+    wire::dequantize_rows(q + l.value, scale + l.row, x + l.data, l.rows, l.length);
   });
 }
 
@@ -122,10 +115,7 @@ void wire_accumulate_(Tensor sum, const Tensor& values, const Tensor& scales, co
   const auto* q = static_cast<const int8_t*>(values.data_ptr());
   const auto* scale = static_cast<const float*>(scales.data_ptr());
   for_lines(lines, table, values, [=](const Line& l) {
-    for (int64_t r = 0; r < l.rows; ++r) {
-      const int64_t at = l.value + r * l.length;
-      wire::add_scaled(q + at, s + at, l.length, scale[l.row + r], weight);
-    }
+    wire::add_rows(q + l.value, scale + l.row, s + l.value, l.rows, l.length, weight);
   });
 }
 

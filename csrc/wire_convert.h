@@ -71,28 +71,63 @@ WIRE_LOOPS(Float16)
 // Rows whose largest magnitude is below 127 · 2^-126 (the scale would be subnormal) are sent as zeros, scale 0.
 inline constexpr float kSmallestMaximum = 127.0f * 0x1p-126f;
 
-// Bits of the largest magnitude; as integers, NaN is above infinity is above every number.
-WIRE_CLONES inline uint32_t largest(const float* x, size_t n) {
-  uint32_t most = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const uint32_t a = bits_of(x[i]) & 0x7FFFFFFF;
-    most = a > most ? a : most;
+// int8, row by row. kLength is the row length where the compiler may unroll it (rows of a LoRA B are as short as its rank;
+// looping over 8 values costs five times as much as computing them), 0 for any other.
+#define WIRE_INLINE __attribute__((always_inline)) inline
+
+template <size_t kLength>
+WIRE_INLINE void quantize_rows_of(const float* x, int8_t* q, float* scale, size_t rows, size_t length) {
+  const size_t n = kLength ? kLength : length;
+  for (size_t r = 0; r < rows; ++r, x += n, q += n) {
+    uint32_t largest = 0;  // as integers, NaN is above infinity is above every number
+    for (size_t i = 0; i < n; ++i) {
+      const uint32_t a = bits_of(x[i]) & 0x7FFFFFFF;
+      largest = a > largest ? a : largest;
+    }
+    const float most = float_of(largest);
+    const bool zero = most < kSmallestMaximum;  // false for NaN, which then shows in the scale
+    const float inverse = zero ? 0.0f : 127.0f / most;
+    scale[r] = zero ? 0.0f : most / 127.0f;
+    // q = round(x · inverse), ties to even: 1.5 · 2^23 more has the two's complement of q in the low byte.
+    for (size_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
   }
-  return most;
 }
 
-// q = round(x · inverse), ties to even: adding 1.5 · 2^23 leaves the two's complement of q in the low byte.
-WIRE_CLONES inline void quantize(const float* x, int8_t* q, size_t n, float inverse) {
-  for (size_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
+template <size_t kLength>
+WIRE_INLINE void dequantize_rows_of(const int8_t* q, const float* scale, float* x, size_t rows, size_t length) {
+  const size_t n = kLength ? kLength : length;
+  for (size_t r = 0; r < rows; ++r, x += n, q += n)
+    for (size_t i = 0; i < n; ++i) x[i] = static_cast<float>(q[i]) * scale[r];
 }
 
-WIRE_CLONES inline void dequantize(const int8_t* q, float* x, size_t n, float scale) {
-  for (size_t i = 0; i < n; ++i) x[i] = static_cast<float>(q[i]) * scale;
+template <size_t kLength>
+WIRE_INLINE void add_rows_of(const int8_t* q, const float* scale, double* sum, size_t rows, size_t length, double weight) {
+  const size_t n = kLength ? kLength : length;
+  for (size_t r = 0; r < rows; ++r, sum += n, q += n)
+    for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(static_cast<float>(q[i]) * scale[r]);
 }
 
-WIRE_CLONES inline void add_scaled(const int8_t* q, double* sum, size_t n, float scale, double weight) {
-  for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(static_cast<float>(q[i]) * scale);
+#define WIRE_BY_LENGTH(call, ...)                   \
+  switch (length) {                                 \
+    case 4: return call<4>(__VA_ARGS__);            \
+    case 8: return call<8>(__VA_ARGS__);            \
+    case 16: return call<16>(__VA_ARGS__);          \
+    default: return call<0>(__VA_ARGS__);           \
+  }
+
+WIRE_CLONES inline void quantize_rows(const float* x, int8_t* q, float* scale, size_t rows, size_t length) {
+  WIRE_BY_LENGTH(quantize_rows_of, x, q, scale, rows, length)
 }
+
+WIRE_CLONES inline void dequantize_rows(const int8_t* q, const float* scale, float* x, size_t rows, size_t length) {
+  WIRE_BY_LENGTH(dequantize_rows_of, q, scale, x, rows, length)
+}
+
+WIRE_CLONES inline void add_rows(
+    const int8_t* q, const float* scale, double* sum, size_t rows, size_t length, double weight) {
+  WIRE_BY_LENGTH(add_rows_of, q, scale, sum, rows, length, weight)
+}
+#undef WIRE_BY_LENGTH
 
 WIRE_CLONES inline bool any_not_finite(const uint32_t* x, size_t n, uint32_t exponent) {
   uint32_t found = 0;

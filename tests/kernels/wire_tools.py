@@ -15,7 +15,7 @@ from fibecfed_kernels.wire.dispatch import crc32c
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 Shapes = Sequence[tuple[int | None, tuple[int, ...]]]
-SHAPES: Shapes = ((0, (4, 31)), (0, (31, 4)), (1, (8, 1000)), (1, (257, 8)), (2, (1, 1)), (2, (3, 5)), (None, (2, 7)), (None, (2,)))
+SHAPES: Shapes = ((0, (4, 31)), (0, (31, 4)), (1, (8, 1000)), (1, (257, 8)), (2, (1, 1)), (2, (3, 5)), (2, (3, 0)), (None, (2, 7)), (None, (2,)))
 
 
 @dataclass

@@ -1,0 +1,54 @@
+"""Run by test_wire_triton.py in a process of its own with TRITON_INTERPRET=1: the Triton bodies against the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from fibecfed_kernels import WirePlan, aggregate, use_backend
+from tests.kernels.wire_tools import DTYPES, make_flat
+
+
+def check(dtype: str) -> None:
+    """Packing, loading and averaging by the Triton bodies give the reference's bits; what they must not touch stays."""
+    flat, other = make_flat(spread=0.5), make_flat(seed=1, spread=0.5)
+    if dtype == "int8":
+        flat.data[:31] *= 1e-38  # below the smallest scale
+    plan = WirePlan(flat, (0, 1), dtype)
+    found = {}
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            messages = [plan.pack(f, round=5, num_samples=9) for f in (flat, other)]
+            into, target = make_flat(seed=2), make_flat(seed=3)
+            plan.load(messages[0], into)
+            mean = aggregate(plan, messages, [0.1, 1e5 / 3])
+            plan.scatter_(mean, target)
+            found[backend] = (*messages, into.data, mean, plan.gather(target), target.data)
+    for one, two in zip(found["reference"], found["triton"], strict=True):
+        assert torch.equal(one, two), dtype
+
+
+def check_special(dtype: torch.dtype) -> None:
+    """Values around ties, the largest and smallest of each dtype, infinities: as torch's own cast."""
+    from fibecfed_kernels.wire import triton as body
+
+    bits = torch.randint(-(2**31), 2**31 - 1, (4096,), dtype=torch.int32)
+    bits[::3] &= -(2**13)  # many exact ties
+    data = bits.view(torch.float32)
+    data[:4] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
+    table = torch.tensor([[0, 0, 0, 1, 4096]])
+    values = torch.empty(4096, dtype=dtype)
+    body.wire_pack_(data, table, values, torch.empty(0))
+    wanted = data.to(dtype)
+    nan = data.isnan()
+    assert torch.equal(values.isnan(), wanted.isnan())
+    assert torch.equal(values[~nan].view(torch.int16), wanted[~nan].view(torch.int16))
+    back = torch.empty(4096)
+    body.wire_unpack_(values, torch.empty(0), table, back)
+    assert torch.equal(back[~nan], wanted[~nan].float())
+
+
+for name in DTYPES:
+    check(name)
+check_special(torch.bfloat16)
+check_special(torch.float16)
+print("equal")
