@@ -157,31 +157,30 @@ class Header:
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict):
             raise FormatError("metadata", "missing, wanted a fibecfed message and not just any safetensors file")
-        message, checksums = self._read_metadata(metadata)
+        version = self._check_agreed(metadata)
         self._check_tensors(header)
+        message, checksums = self._read_own(metadata, version)
         if data_nbytes != self.data_nbytes:
             raise LengthError("length", f"{data_nbytes} bytes of data, wanted {self.data_nbytes}")
         return message, checksums
 
-    def _read_metadata(self, metadata: dict[str, Any]) -> tuple[Message, list[int]]:
-        def field(name: str, form: str) -> str:
-            value = metadata.get(name)
-            if not isinstance(value, str) or not re.fullmatch(form, value, re.ASCII):
-                raise MetadataError(f"metadata.{name}", f"{_short(value)}, wanted text of the form {form}")
-            return value
-
+    def _check_agreed(self, metadata: dict[str, Any]) -> str:
+        """Refuse another format, version or schema; return the version."""
         if metadata.get("format") != FORMAT:
             raise FormatError("metadata.format", f"{_short(metadata.get('format'))}, wanted {FORMAT!r}")
-        version = field("version", r"\d{1,4}\.\d{1,4}")
+        version = _field(metadata, "version", r"\d{1,4}\.\d{1,4}")
         if version.split(".")[0] != MAJOR:
             raise VersionError("metadata.version", f"{version}, this reader knows {MAJOR}.x")
         for name, wanted in self._fixed.items():
             if metadata.get(name) != wanted:
                 raise SchemaError(f"metadata.{name}", f"{_short(metadata.get(name))}, wanted {_short(wanted)}")
-        number = rf"\d{{{DIGITS}}}"
-        round, num_samples = field("round", number), field("num_samples", number)
-        crc = field("crc32c", rf"[0-9a-f]{{{8 * len(self.payloads)}}}")
-        seal = field("seal", "[0-9a-f]{8}")
+        return version
+
+    def _read_own(self, metadata: dict[str, Any], version: str) -> tuple[Message, list[int]]:
+        """What this message alone says: round, sample count, checksums."""
+        round, num_samples = (_field(metadata, name, rf"\d{{{DIGITS}}}") for name in ("round", "num_samples"))
+        crc = _field(metadata, "crc32c", rf"[0-9a-f]{{{8 * len(self.payloads)}}}")
+        seal = _field(metadata, "seal", "[0-9a-f]{8}")
         if seal != self._seal(version, round, num_samples, crc):
             raise ChecksumError("metadata.seal", f"{seal} is not the checksum of the metadata")
         return Message(int(round), int(num_samples)), [int(crc[i : i + 8], 16) for i in range(0, len(crc), 8)]
@@ -203,6 +202,13 @@ class Header:
         if len(tensors) != len(self.payloads):
             unknown = next(iter(tensors.keys() - {p.name for p in self.payloads}))
             raise NamesError(_short(unknown), "a tensor that is not in the plan")
+
+
+def _field(metadata: dict[str, Any], name: str, form: str) -> str:
+    value = metadata.get(name)
+    if not isinstance(value, str) or not re.fullmatch(form, value, re.ASCII):
+        raise MetadataError(f"metadata.{name}", f"{_short(value)}, wanted text of the form {form}")
+    return value
 
 
 def _parse(text: bytes) -> dict[str, Any]:

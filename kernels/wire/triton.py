@@ -36,8 +36,9 @@ def wire_accumulate_(sum: Tensor, values: Tensor, scales: Tensor, table: Tensor,
 def _launch(kernel, table, values, other, scales, *scalars):
     if len(table):
         raw = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+        args = (table, raw, other, scales, *scalars, KINDS[values.dtype], BLOCK)
         with torch.cuda.device_of(table):
-            kernel[(len(table),)](table, raw, other, scales, *scalars, KINDS[values.dtype], BLOCK, enable_fp_fusion=False)
+            kernel[(len(table),)](*args, enable_fp_fusion=False)
 
 
 @triton.jit

@@ -15,7 +15,17 @@ from fibecfed_kernels.wire.dispatch import crc32c
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 Shapes = Sequence[tuple[int | None, tuple[int, ...]]]
-SHAPES: Shapes = ((0, (4, 31)), (0, (31, 4)), (1, (8, 1000)), (1, (257, 8)), (2, (1, 1)), (2, (3, 5)), (2, (3, 0)), (None, (2, 7)), (None, (2,)))
+SHAPES: Shapes = (
+    (0, (4, 31)),
+    (0, (31, 4)),
+    (1, (8, 1000)),
+    (1, (257, 8)),
+    (2, (1, 1)),
+    (2, (3, 5)),
+    (2, (3, 0)),
+    (None, (2, 7)),
+    (None, (2,)),
+)
 
 
 @dataclass
@@ -34,7 +44,9 @@ def make_flat(shapes: Shapes = SHAPES, seed: int = 0, spread: float = 1.0) -> Fl
         entries.append(Entry(f"block.{layer}.{i}.weight" if layer is not None else f"head.{i}", shape, offset, layer))
         offset += entries[-1].numel
     generator = torch.Generator().manual_seed(seed)
-    data = torch.randn(offset, generator=generator) * 10 ** (spread * torch.randn(offset, generator=generator).clamp(-2, 2))
+    data = torch.randn(offset, generator=generator) * 10 ** (
+        spread * torch.randn(offset, generator=generator).clamp(-2, 2)
+    )
     for entry in entries:
         if entry.numel:
             data[entry.offset : entry.offset + entry.numel].view(entry.rows, -1)[7::8] = 0

@@ -1,0 +1,129 @@
+"""The mean of messages: against float64, in any order, one message alive at a time."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fibecfed_kernels import WireError, WirePlan, aggregate, use_backend
+from fibecfed_kernels.wire.errors import ChecksumError, CountError, RoundError, WeightError
+
+from .wire_tools import DTYPES, make_flat, values_of
+
+LAYERS = (0, 2)
+
+
+def messages_of(dtype: str, count: int) -> tuple[WirePlan, list[torch.Tensor]]:
+    flats = [make_flat(seed=seed, spread=0.4) for seed in range(count)]
+    plan = WirePlan(flats[0], LAYERS, dtype)
+    return plan, [plan.pack(flat, round=4, num_samples=1) for flat in flats]
+
+
+def truth(plan: WirePlan, messages: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    """Σ w v / Σ w in float64, by fsum, which rounds once."""
+    columns = torch.stack([values_of(plan.unpack(m), plan) for m in messages], 1).tolist()
+    total = math.fsum(weights)
+    return torch.tensor(
+        [math.fsum(w * v for w, v in zip(weights, row, strict=True)) / total for row in columns], dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "weights", [[1.0] * 5, [3, 1, 400, 12, 7], [0.1, 0.7, 1e-9, 1e9, 1 / 3], [1e-100, 1, 1, 1e100, 1]]
+)
+def test_mean_is_that_of_float64_rounded_once(dtype: str, weights: list[float]) -> None:
+    plan, messages = messages_of(dtype, 5)
+    mean = aggregate(plan, messages, weights)
+    assert mean.dtype == torch.float32
+    wanted = truth(plan, messages, weights)
+    scale = torch.stack([values_of(plan.unpack(m), plan) for m in messages]).abs().amax(0)
+    assert ((mean.double() - wanted).abs() <= wanted.abs() * 2.0**-24 + scale * 2.0**-49).all()
+    with use_backend("reference"):
+        assert torch.equal(aggregate(plan, messages, weights), mean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(weights=st.lists(st.floats(1e-6, 1e6), min_size=10, max_size=10))
+def test_ten_identical_messages_average_to_themselves(dtype: str, weights: list[float]) -> None:
+    plan, (message,) = messages_of(dtype, 1)
+    assert torch.equal(aggregate(plan, [message] * 10, weights), values_of(plan.unpack(message), plan))
+
+
+def test_sample_counts_average_the_same_in_any_order() -> None:
+    plan, messages = messages_of("float32", 6)
+    weights = [5, 1, 300, 17, 2, 64]
+    forward = aggregate(plan, messages, weights)
+    for order in ([5, 4, 3, 2, 1, 0], [2, 0, 4, 1, 5, 3]):
+        assert torch.equal(aggregate(plan, [messages[i] for i in order], [weights[i] for i in order]), forward)
+
+
+def test_mean_goes_back_into_the_buffer() -> None:
+    plan, messages = messages_of("float32", 2)
+    into = make_flat(seed=9)
+    plan.scatter_(aggregate(plan, messages, [1, 3]), into)
+    wanted = (
+        torch.stack([values_of(plan.unpack(m), plan) for m in messages]).double().mul(torch.tensor([[0.25], [0.75]]))
+    )
+    assert torch.equal(torch.cat([into.data[a:b] for a, b in plan.slices]), wanted.sum(0).float())
+
+
+def test_one_message_at_a_time_is_alive() -> None:
+    plan, (message, *_) = messages_of("float32", 1)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def arriving() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for _ in range(5):
+            gc.collect()
+            buffer = message.clone()
+            alive.add(buffer)
+            most = max(most, len(alive))
+            yield buffer
+            del buffer
+
+    aggregate(plan, arriving(), iter([1.0] * 5))
+    assert most == 1
+
+
+def test_a_bad_message_is_named_by_its_index() -> None:
+    plan, messages = messages_of("float32", 3)
+    messages[2][-1] ^= 1
+    with pytest.raises(ChecksumError, match=r"^message 2: head\.8: ") as caught:
+        aggregate(plan, messages, [1.0] * 3)
+    assert (caught.value.index, caught.value.field) == (2, "head.8")
+    with pytest.raises(RoundError, match=r"^message 0: metadata\.round: 4, wanted 5"):
+        aggregate(plan, messages, [1.0] * 3, round=5)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300])
+def test_bad_weights_are_refused(weight: float) -> None:
+    plan, messages = messages_of("float32", 2)
+    with pytest.raises(WeightError) as caught:
+        aggregate(plan, messages, [1.0, weight])
+    assert (caught.value.index, caught.value.field) == (1, "weight")
+
+
+@pytest.mark.parametrize(("messages", "weights"), [(0, 0), (0, 1), (1, 0), (2, 1), (1, 2)])
+def test_counts_must_fit(messages: int, weights: int) -> None:
+    plan, made = messages_of("float32", 2)
+    with pytest.raises(CountError):
+        aggregate(plan, iter(made[:messages]), iter([1.0] * weights))
+
+
+def test_wire_errors_are_value_errors_and_survive_pickling() -> None:
+    import pickle  # what multiprocessing and Ray do to an error; no message is ever pickled
+
+    error = WeightError("weight", "nan, wanted more", 3)
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, WireError)
+    assert isinstance(again, ValueError)
+    assert (str(again), again.field, again.index) == (str(error), "weight", 3)
