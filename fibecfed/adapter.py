@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class FlatAdapter:
     def identity(self) -> Mapping[str, str]:
         """What two ends must agree on: the base model's configuration (hashed) and the adapter's."""
         config = getattr(self.model, "config", None)
-        described = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        described: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})  # type: ignore[union-attr]
         stable = {k: v for k, v in described.items() if k not in VOLATILE_CONFIG}
         digest = hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
         adapters = {

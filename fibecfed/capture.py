@@ -198,9 +198,9 @@ class _LoraA(torch.autograd.Function):
         if "grad_y" not in stash:
             raise FisherCaptureError(f"{ctx.pair.name}: A's output did not go into B alone")
         h, grad_y = stash.pop("h"), stash.pop("grad_y")
-        tensors = [_as_batch(t.to(x.dtype), capture.cu_seqlens) for t in (x, h, grad_h, grad_y)]
+        x_n, h_n, grad_h_n, grad_y_n = (_as_batch(t.to(x.dtype), capture.cu_seqlens) for t in (x, h, grad_h, grad_y))
         with use_backend(ctx.backend):  # the backward may run on autograd's own thread, which knows no `with` of ours
-            found = lora_fisher_diag(*tensors, capture.cu_seqlens, weight_grad=capture.weight_grad)
+            found = lora_fisher_diag(x_n, h_n, grad_h_n, grad_y_n, capture.cu_seqlens, weight_grad=capture.weight_grad)
         capture._add(ctx.pair, found)
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -41,6 +41,6 @@ def export_adapter(fed: Federation, server: Server, store: LocalStore, path: Pat
         plan.scatter_(mean, fed.flat)
         bytes_up = plan.nbytes * len(trained)
         server.put()  # the head travelled along and is the server's to say
-    fed.loaded.model.save_pretrained(path)
+    fed.loaded.model.save_pretrained(str(path))
     fed.loaded.tokenizer.save_pretrained(path)
     return Exported(path, bytes_up)

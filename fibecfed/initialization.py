@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from . import layers, lossless
 from .client import Client, Device
 from .federation import Federation
-from .phases import Lossless, Spectrum
 from .scoring import classification_loss
 from .seeds import stream, torch_stream
 from .stopwatch import Stopwatch
@@ -28,7 +28,7 @@ class Choice:
 
     gal: tuple[int, ...]
     sensitivity: dict[int, float] = field(default_factory=dict)
-    lossless: Lossless | None = None
+    lossless: dict[str, Any] = field(default_factory=dict)
     bytes_up: int = 0
 
 
@@ -44,15 +44,17 @@ def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: O
             sensitivity = _sensitivity(fed, client, on_phase)
         choice.sensitivity = {layer: float(value) for layer, value in zip(available, sensitivity.tolist(), strict=True)}
         choice.bytes_up += SCALAR_BYTES * len(available) * len(fed.devices)
+    by_rule = gal.count is None and gal.fraction is None
+    if by_rule or gal.spectrum:
+        with watch.phase("lossless"):
+            choice.lossless = _lossless(fed, client, on_phase) | {"decides": by_rule}
+        choice.bytes_up += SCALAR_BYTES * len(choice.lossless["devices"])
     if gal.count is not None:
         count = min(gal.count, len(available))
     elif gal.fraction is not None:
         count = max(1, round(gal.fraction * len(available)))
     else:
-        with watch.phase("lossless"):
-            choice.lossless = _lossless(fed, client, on_phase)
-        count = choice.lossless.layers
-        choice.bytes_up += SCALAR_BYTES * len(choice.lossless.devices)
+        count = choice.lossless["count"]
     if gal.selection == "sensitive":
         ranked = torch.tensor(list(choice.sensitivity.values()), dtype=torch.float64)
         choice.gal = layers.choose_gal(ranked, count, available)
@@ -71,11 +73,11 @@ def _sensitivity(fed: Federation, client: Client, on_phase: OnPhase) -> Tensor:
         batch = client.batch(fed.train, _one_batch(fed, device, fed.config.gal.sensitivity_batch))
         values.append(layers.sensitivity(fed.flat.model, batch, norm=norm, gamma=fed.config.gal.gamma))
     on_phase("sensitivity", len(fed.devices), len(fed.devices))
-    every = layers.combine(values, fed.sizes)
+    every = layers.combine(values, fed.sizes.tolist())
     return every[list(fed.flat.layers)]
 
 
-def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> Lossless:
+def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, Any]:
     settings, seed = fed.config.gal, fed.config.seed
     asked = min(settings.lanczos_devices, len(fed.devices))
     chosen = sorted(stream(seed, "lossless").choice(len(fed.devices), size=asked, replace=False).tolist())
@@ -96,23 +98,12 @@ def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> Lossless:
     count = lossless.combine_decisions(
         decisions, [fed.devices[k].size for k in chosen], len(fed.flat.layers), settings.default_share
     )
-    kept = [settings.default_share if d.share is None else d.share for d in decisions]
-    return Lossless(
-        found=any(d.found for d in decisions),
-        share=float(np.average(kept, weights=[fed.devices[k].size for k in chosen])),
-        layers=count,
-        devices=tuple(
-            Spectrum(
-                device=k,
-                eigenvalues=tuple(d.eigenvalues),
-                lipschitz=d.lipschitz,
-                gap=float(d.m) if d.found else None,
-                dim=d.dim,
-                seed=seed,
-            )
-            for k, d in zip(chosen, decisions, strict=True)
-        ),
-    )
+    return {
+        "found": any(decision.found for decision in decisions),
+        "count": count,
+        "default_share": settings.default_share,
+        "devices": [{"device": k, **d.to_record()} for k, d in zip(chosen, decisions, strict=True)],
+    }
 
 
 def _one_batch(fed: Federation, device: Device, size: int) -> np.ndarray:

@@ -63,16 +63,22 @@ def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
     for adapter in active:
         if adapter in module.lora_variant or module.use_dora.get(adapter, False):
             raise refuse(f"adapter {adapter!r} is a LoRA variant (DoRA or the like), which is not supported")
-        a, b = module.lora_A[adapter], module.lora_B[adapter]
-        for label, linear in (("lora_A", a), ("lora_B", b)):
-            if type(linear) is not nn.Linear:
-                raise refuse(f"{label} of adapter {adapter!r} is a {type(linear).__name__}, wanted nn.Linear")
-            if linear.bias is not None:
-                raise refuse(f"{label} of adapter {adapter!r} has a bias, whose Fisher information is not supported")
-            if not linear.weight.requires_grad:
-                raise refuse(f"{label} of adapter {adapter!r} is frozen, so its Fisher information would be missing")
+        a, b = (
+            _plain_linear(linear, f"{name}: {label} of adapter {adapter!r}")
+            for label, linear in (("lora_A", module.lora_A[adapter]), ("lora_B", module.lora_B[adapter]))
+        )
         yield LoraPair(name, a, b, f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
 
 
 def _trainable(module: LoraLayer, adapter: str) -> bool:
     return any(p.requires_grad for side in (module.lora_A, module.lora_B) for p in side[adapter].parameters())
+
+
+def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
+    if type(linear) is not nn.Linear:
+        raise UnsupportedModuleError(f"{what} is a {type(linear).__name__}, wanted nn.Linear")
+    if linear.bias is not None:
+        raise UnsupportedModuleError(f"{what} has a bias, whose Fisher information is not supported")
+    if not linear.weight.requires_grad:
+        raise UnsupportedModuleError(f"{what} is frozen, so its Fisher information would be missing")
+    return linear

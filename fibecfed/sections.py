@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -131,11 +131,12 @@ class Curriculum(Section):
 class Gal(Section):
     """Global aggregation layers: the layers that travel."""
 
-    count: Annotated[Count | None, OrNone] = Field(
-        default=None, description="this many layers; unset: the lossless rule decides"
-    )
+    count: Annotated[Count | None, OrNone] = Field(default=None, description="this many layers, instead of fraction")
     fraction: Annotated[Share | None, OrNone] = Field(
-        default=None, description="this share of the layers, instead of count"
+        default=0.5, description='this share of the layers; "none", and no count: the lossless rule decides'
+    )
+    spectrum: bool = Field(
+        default=True, description="record what the lossless rule says also where count or fraction decides"
     )
     default_share: Share = Field(default=0.5, description="share taken where the lossless rule finds no gap")
     selection: Literal["sensitive", "all", "random", "first", "last"] = Field(
@@ -147,9 +148,17 @@ class Gal(Section):
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
     sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")
-    lanczos_steps: Count = Field(default=10, description="Lanczos steps for the Hessian's spectrum")
-    lanczos_devices: Count = Field(default=5, description="devices asked for their spectrum")
-    lanczos_batch: Count = Field(default=32, description="samples of each in that one batch")
+    lanczos_steps: Count = Field(default=8, description="Lanczos steps for the Hessian's spectrum")
+    lanczos_devices: Count = Field(default=2, description="devices asked for their spectrum")
+    lanczos_batch: Count = Field(default=16, description="samples of each in that one batch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_before_default(cls, table: Any) -> Any:
+        """A count alone is meant instead of the default fraction; both given is refused below."""
+        if isinstance(table, dict) and table.get("count") not in (None, "none") and "fraction" not in table:
+            return {**table, "fraction": None}
+        return table
 
     @model_validator(mode="after")
     def _one_number(self) -> Self:

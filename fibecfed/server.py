@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from .seeds import stream
 class Server:
     """Holds the travelling part of the adapter as one float32 vector; everything that leaves it is a wire message."""
 
-    def __init__(self, flat: FlatAdapter, gal: Sequence[int], dtype: str, seed: int) -> None:
+    def __init__(
+        self, flat: FlatAdapter, gal: Sequence[int], dtype: Literal["float32", "bfloat16", "float16", "int8"], seed: int
+    ) -> None:
         self.plan = WirePlan(flat, gal, dtype=dtype)
         self.values = self.plan.gather(flat)
         self._flat = flat

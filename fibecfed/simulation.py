@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import curriculum
 from .client import Client, Device, TrainResult
-from .config import RunConfig
+from .config import RunConfig, dump_config
 from .evaluation import measures
 from .export import export_adapter
 from .federation import Federation, build
 from .initialization import Choice, choose_layers, score_all
-from .phases import DeviceData, EndRecord, Histogram, InitRecord, RoundRecord
-from .record import Observer, RecordWriter, RunRecord, new_run_dir, write_config
+from .phases import Cost
+from .record import (
+    CONFIG_FILE,
+    EndRecord,
+    InitRecord,
+    Observer,
+    RecordWriter,
+    RoundRecord,
+    RunRecord,
+    SilentObserver,
+    new_run_dir,
+)
 from .server import LocalStore, Server, weighted_mean
 from .stopwatch import Stopwatch
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
@@ -39,21 +46,7 @@ def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
 
     Source: FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131), steps 1-9.
     """
-    return _Simulation(config, observer or Silent()).run()
-
-
-class Silent:
-    """An Observer that shows nothing."""
-
-    def on_start(self, config: RunConfig, total_rounds: int, info: Mapping[str, Any]) -> None: ...
-
-    def on_phase(self, name: str, done: int, total: int) -> None: ...
-
-    def on_init(self, record: InitRecord) -> None: ...
-
-    def on_round(self, record: RoundRecord) -> None: ...
-
-    def on_end(self, record: EndRecord) -> None: ...
+    return _Simulation(config, observer or SilentObserver()).run()
 
 
 class _Simulation:
@@ -69,7 +62,7 @@ class _Simulation:
     def run(self) -> RunRecord:
         config, fed = self.config, self.fed
         path = new_run_dir(Path(config.out), config.run_name)
-        write_config(path, config)
+        (path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         info = {
             "path": str(path),
             "devices": len(fed.devices),
@@ -110,48 +103,31 @@ class _Simulation:
         return self._init_record(choice)
 
     def _init_record(self, choice: Choice) -> InitRecord:
-        fed = self.fed
+        fed, mask = self.fed, self.client.mask(self.fed.devices[0])
         labels, classes = fed.task.train.labels, len(fed.task.classes)
-        masks = self._masks()
-        quantiles, histogram = self._score_summary()
-        return InitRecord(
-            gal=choice.gal,
-            sensitivity=dict(choice.sensitivity),
+        spans = {layer: self.flat.rows(layer) for layer in self.flat.layers}
+        return InitRecord.from_scores(
+            self._scores(),
+            gal=list(choice.gal),
+            sensitivity=choice.sensitivity,
             lossless=choice.lossless,
-            rows_active=int(self.client.mask(fed.devices[0]).sum()),
+            rows_active=int(mask.sum()),
             rows_total=self.flat.num_rows,
-            masks=masks,
+            masks={layer: [int(mask[rows].sum()), rows.stop - rows.start] for layer, rows in spans.items()},
             seconds=self.watch.take(),
             bytes_up=choice.bytes_up,
             bytes_down=0,
             majority=fed.majority,
             personal_majority=weighted_mean([fed.own_majority(d) for d in fed.devices], fed.sizes),
-            score_quantiles=quantiles,
-            score_histogram=histogram,
-            devices=tuple(
-                DeviceData(d.size, tuple(np.bincount(labels[d.train], minlength=classes).tolist())) for d in fed.devices
-            ),
+            devices=[
+                {"size": d.size, "labels": np.bincount(labels[d.train], minlength=classes).tolist()}
+                for d in fed.devices
+            ],
         )
 
-    def _masks(self) -> dict[int, tuple[int, int]]:
-        """(active rows, rows) of every layer, the mean over the devices that have chosen their neurons (else of all)."""
-        chosen = [d for d in self.fed.devices if d.importance is not None] or self.fed.devices
-        mean = torch.stack([self.client.mask(d).double() for d in chosen]).mean(0)
-        spans = {layer: self.flat.rows(layer) for layer in self.flat.layers}
-        return {layer: (round(float(mean[rows].sum())), rows.stop - rows.start) for layer, rows in spans.items()}
-
-    def _score_summary(self) -> tuple[dict[float, float | None], Histogram | None]:
-        """Quantiles and logarithmic histogram of the Fisher scores known so far."""
-        known = [d.scores for d in self.fed.devices if d.scores is not None]
-        if not known:
-            return {}, None
-        scores = np.concatenate(known).astype(np.float64)
-        quantiles = {q: float(np.quantile(scores, q)) for q in QUANTILES}
-        positive = np.log10(scores[scores > 0])
-        if not len(positive):
-            return quantiles, None
-        counts, edges = np.histogram(positive, bins=30)
-        return quantiles, Histogram(tuple((10.0**edges).tolist()), tuple(counts.tolist()))
+    def _scores(self) -> np.ndarray:
+        """The Fisher scores of all samples scored so far."""
+        return np.concatenate([np.zeros(0), *(d.scores for d in self.fed.devices if d.scores is not None)])
 
     # -- tuning phase --------------------------------------------------------------------------------------------
 
@@ -184,9 +160,10 @@ class _Simulation:
         samples = sum(result.samples for result in results)
         return RoundRecord(
             round=t,
-            devices=tuple(device.index for device in drawn),
+            devices=[device.index for device in drawn],
             loss=sum(result.loss * result.samples for result in results) / max(1, samples),
             data_share=share,
+            samples=samples,
             layers_active=len(self.client.gal),
             rows_active=round(float(np.mean([result.rows for result in results]))),
             rows_total=self.flat.num_rows,
@@ -269,23 +246,19 @@ class _Simulation:
     def _finish(self, path: Path, init: InitRecord, rounds: list[RoundRecord]) -> EndRecord:
         with self.watch.phase("export"):
             exported = export_adapter(self.fed, self.server, self.store, path / "adapter")
-        every = [init, *rounds]
+        costs: list[Cost] = [init, *rounds]
         seconds: dict[str, float] = {}
-        for part in [*(r.seconds for r in every), self.watch.take()]:
-            for phase, value in part.items():
-                seconds[phase] = seconds.get(phase, 0.0) + value
-        quantiles, histogram = self._score_summary()
-        return EndRecord(
+        for part in [*(cost.seconds for cost in costs), self.watch.take()]:
+            for activity, value in part.items():
+                seconds[activity] = seconds.get(activity, 0.0) + value
+        return EndRecord.from_scores(
+            self._scores(),
             global_accuracy=rounds[-1].global_accuracy,
             personal_accuracy=rounds[-1].personal_accuracy,
             majority=init.majority,
             personal_majority=init.personal_majority,
-            bytes_up=sum(r.bytes_up for r in every) + exported.bytes_up,
-            bytes_down=sum(r.bytes_down for r in every),
+            bytes_up=sum(cost.bytes_up for cost in costs) + exported.bytes_up,
+            bytes_down=sum(cost.bytes_down for cost in costs),
             seconds=seconds,
             adapter=exported.path.name,
-            elapsed=self.watch.elapsed,
-            score_quantiles=quantiles,
-            score_histogram=histogram,
-            masks=self._masks(),
         )

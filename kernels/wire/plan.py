@@ -15,6 +15,7 @@ from .dispatch import crc32c, digest, run
 from .errors import ChecksumError, NotFiniteError, RangeError, RoundError
 from .format import ALIGNMENT, DIGITS, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
 
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 Buffer = Tensor | bytes | bytearray | memoryview
 
 
@@ -40,11 +41,11 @@ class WirePlan:
         self,
         flat: FlatBuffers,
         layers: Iterable[int],
-        dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+        dtype: WireDtype = "float32",
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is unknown, wanted one of {', '.join(DTYPES)}")
-        self.dtype: str = dtype
+        self.dtype: WireDtype = dtype
         self._wire_dtype = DTYPES[dtype].torch
         self._entries, self._identity = tuple(flat.entries), dict(flat.identity)
         self._flat_numel = _checked(self._entries, self._identity, dtype)

@@ -1,0 +1,50 @@
+# Every target builds .venv by itself: Python >= 3.11 and pip are all it takes.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: run setup test test-gpu lint bench wheel clean
+
+run: .venv/.demo
+	$(BIN)/fibecfed run $(ARGS)
+
+setup: .venv/.demo
+
+test: .venv/.demo .venv/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: .venv/.demo .venv/.dev
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# mypy does not follow editable installs that rename a folder: it finds kernels/ under its installed name through a link
+lint: .venv/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	mkdir -p build/mypy && ln -sfn ../../kernels build/mypy/fibecfed_kernels
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+wheel: .venv/.installed
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# torch comes first and from the constraints: the extension compiles against it, and an open range would fetch CUDA wheels
+.venv/.installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fibecfed needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch triton setuptools wheel ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+.venv/.demo: .venv/.installed requirements-demo.txt
+	$(BIN)/pip install -q --no-deps -r requirements-demo.txt
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info kernels/_C*.so
