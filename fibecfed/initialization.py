@@ -15,6 +15,7 @@ from . import layers, lossless
 from .client import Client, Device
 from .federation import Federation
 from .scoring import classification_loss
+from .server import weighted_mean
 from .seeds import stream, torch_stream
 from .stopwatch import Stopwatch
 
@@ -77,24 +78,30 @@ def _sensitivity(fed: Federation, client: Client, on_phase: OnPhase) -> Tensor:
     return every[list(fed.flat.layers)]
 
 
-def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, Any]:
+def _asked(fed: Federation) -> list[int]:
+    """The devices that take their spectrum."""
+    asked = min(fed.config.gal.lanczos_devices, len(fed.devices))
+    return sorted(stream(fed.config.seed, "lossless").choice(len(fed.devices), size=asked, replace=False).tolist())
+
+
+def _decision(fed: Federation, client: Client, k: int, span: slice | None = None) -> lossless.Decision:
     settings, seed = fed.config.gal, fed.config.seed
-    asked = min(settings.lanczos_devices, len(fed.devices))
-    chosen = sorted(stream(seed, "lossless").choice(len(fed.devices), size=asked, replace=False).tolist())
+    batch = client.batch(fed.train, _one_batch(fed, fed.devices[k], settings.lanczos_batch))
+
+    def loss() -> Tensor:
+        return classification_loss(fed.flat.model, batch).mean()
+
+    generator = torch_stream(seed, "lanczos", k)
+    return lossless.device_decision(fed.flat, loss, steps=settings.lanczos_steps, generator=generator, span=span)
+
+
+def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, Any]:
+    settings, chosen = fed.config.gal, _asked(fed)
     decisions = []
     for done, k in enumerate(chosen):
-        on_phase("lossless", done, asked)
-        batch = client.batch(fed.train, _one_batch(fed, fed.devices[k], settings.lanczos_batch))
-
-        def loss(batch: dict[str, Tensor] = batch) -> Tensor:
-            return classification_loss(fed.flat.model, batch).mean()
-
-        decisions.append(
-            lossless.device_decision(
-                fed.flat, loss, steps=settings.lanczos_steps, generator=torch_stream(seed, "lanczos", k)
-            )
-        )
-    on_phase("lossless", asked, asked)
+        on_phase("lossless", done, len(chosen))
+        decisions.append(_decision(fed, client, k))
+    on_phase("lossless", len(chosen), len(chosen))
     count = lossless.combine_decisions(
         decisions, [fed.devices[k].size for k in chosen], len(fed.flat.layers), settings.default_share
     )
@@ -104,6 +111,21 @@ def _lossless(fed: Federation, client: Client, on_phase: OnPhase) -> dict[str, A
         "default_share": settings.default_share,
         "devices": [{"device": k, **d.to_record()} for k, d in zip(chosen, decisions, strict=True)],
     }
+
+
+def neuron_shares(fed: Federation, client: Client, watch: Stopwatch, on_phase: OnPhase) -> dict[int, float]:
+    """The share of active rows in each local layer, by the rule of step 4 on that layer's own values (neurons.rule =
+    "lossless"): the size-weighted mean of the devices' kept shares; where no gap is found, neurons.share."""
+    local = [layer for layer in fed.flat.layers if layer not in set(client.gal)]
+    chosen = _asked(fed)
+    shares = {}
+    with watch.phase("lossless"):
+        for done, layer in enumerate(local):
+            on_phase("lossless by layer", done, len(local))
+            decisions = [_decision(fed, client, k, fed.flat.values(layer)) for k in chosen]
+            kept = [fed.config.neurons.share if d.share is None else d.share for d in decisions]
+            shares[layer] = weighted_mean(kept, [fed.devices[k].size for k in chosen])
+    return shares
 
 
 def _one_batch(fed: Federation, device: Device, size: int) -> np.ndarray:

@@ -189,6 +189,13 @@ def read_record(run_dir: Path | str) -> RunRecord:
     return record
 
 
+def rewrite_record(run_dir: Path, lines: Sequence[Phase]) -> None:
+    """Make ``lines`` the whole of ``run_dir``/record.jsonl, at once."""
+    temporary = run_dir / f"{RECORD_FILE}.part"
+    temporary.write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, run_dir / RECORD_FILE)
+
+
 def labels(records: Sequence[RunRecord]) -> list[str]:
     """A label for each of several runs: its name, or its folder where two have the same name."""
     names = [record.name for record in records]

@@ -10,15 +10,19 @@ import numpy as np
 from torch import Tensor
 
 from . import curriculum
+from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from .client import Client, Device, TrainResult
 from .config import RunConfig, dump_config
 from .evaluation import measures
 from .export import export_adapter
 from .federation import Federation, build
-from .initialization import Choice, choose_layers, score_all
+from .initialization import Choice, choose_layers, neuron_shares, score_all
 from .phases import Cost
 from .record import (
     CONFIG_FILE,
+    RecordError,
+    read_record,
+    rewrite_record,
     EndRecord,
     InitRecord,
     Observer,
@@ -46,7 +50,21 @@ def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
 
     Source: FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131), steps 1-9.
     """
-    return _Simulation(config, observer or SilentObserver()).run()
+    return _Simulation(config, observer or SilentObserver()).start()
+
+
+def resume(run_dir: Path | str, *, observer: Observer | None = None) -> RunRecord:
+    """Go on with an interrupted :func:`run` after its last finished round, to the same record (timings aside).
+
+    Raises RecordError when the folder holds no run, one that has ended, or one interrupted before its first checkpoint.
+    """
+    path = Path(run_dir)
+    before = read_record(path)
+    if before.end is not None:
+        raise RecordError(f"{path}: this run has ended, there is nothing to resume")
+    if before.init is None:
+        raise RecordError(f"{path}: interrupted before the end of the initialization, wanted a run to go on with")
+    return _Simulation(before.config, observer or SilentObserver()).go_on(before, path)
 
 
 class _Simulation:
@@ -55,52 +73,87 @@ class _Simulation:
         with self.watch.phase("load"):
             self.fed: Federation = build(config)
         self.flat = self.fed.flat
+        self.client = Client(self.flat, self.fed.train, self.fed.test, config, gal=self.flat.layers)
         self.store: LocalStore
         self.server: Server
-        self.initial_head = self.flat.data.detach().clone()
 
-    def run(self) -> RunRecord:
-        config, fed = self.config, self.fed
-        path = new_run_dir(Path(config.out), config.run_name)
-        (path / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-        info = {
-            "path": str(path),
-            "devices": len(fed.devices),
-            "train": len(fed.task.train),
-            "test": len(fed.task.test),
-        }
-        self.observer.on_start(config, config.train.rounds, info)
+    def start(self) -> RunRecord:
+        path = new_run_dir(Path(self.config.out), self.config.run_name)
+        (path / CONFIG_FILE).write_text(dump_config(self.config), encoding="utf-8")
+        self._announce(path)
         with RecordWriter(path) as writer:
             init = self._initialize()
             writer.write(init)
             self.observer.on_init(init)
-            rounds = []
-            for t in range(1, config.train.rounds + 1):
-                rounds.append(self._round(t))
-                writer.write(rounds[-1])
-                self.observer.on_round(rounds[-1])
-            end = self._finish(path, init, rounds)
-            writer.write(end)
-        record = RunRecord(config=config, init=init, rounds=tuple(rounds), end=end, path=path)
+            self._checkpoint(path, 0)
+            return self._rounds(path, writer, init, [])
+
+    def go_on(self, before: RunRecord, path: Path) -> RunRecord:
+        assert before.init is not None
+        self._announce(path)
+        self.client.gal = tuple(before.init.gal)
+        self._use_shares(before.init)
+        self._divide()
+        finished, elapsed = load_checkpoint(path, self.server, self.store, self.fed.devices)
+        self.watch.add(elapsed)
+        rounds = list(before.rounds[:finished])  # a round after the checkpoint is made again, to the same result
+        rewrite_record(path, [before.init, *rounds])
+        self.observer.on_init(before.init)
+        for entry in rounds:
+            self.observer.on_round(entry)
+        with RecordWriter(path) as writer:
+            return self._rounds(path, writer, before.init, rounds)
+
+    def _announce(self, path: Path) -> None:
+        task = self.fed.task
+        info = {"path": str(path), "devices": len(self.fed.devices), "train": len(task.train), "test": len(task.test)}
+        self.observer.on_start(self.config, self.config.train.rounds, info)
+
+    def _rounds(self, path: Path, writer: RecordWriter, init: InitRecord, rounds: list[RoundRecord]) -> RunRecord:
+        for t in range(len(rounds) + 1, self.config.train.rounds + 1):
+            rounds.append(self._round(t))
+            writer.write(rounds[-1])
+            self._checkpoint(path, t)
+            self.observer.on_round(rounds[-1])
+        end = self._finish(path, init, rounds)
+        writer.write(end)
+        (path / CHECKPOINT_FILE).unlink()
+        record = RunRecord(config=self.config, init=init, rounds=tuple(rounds), end=end, path=path)
         from .report import write_plots  # matplotlib is slow to import and nothing before needs it
 
         write_plots(record, path)
         self.observer.on_end(end)
         return record
 
+    def _checkpoint(self, path: Path, t: int) -> None:
+        with self.watch.phase("checkpoint"):
+            save_checkpoint(path, t, self.watch.elapsed, self.server, self.store, self.fed.devices)
+
     # -- initialization phase ------------------------------------------------------------------------------------
 
     def _initialize(self) -> InitRecord:
         config, fed = self.config, self.fed
-        self.client = Client(self.flat, fed.train, fed.test, config, gal=self.flat.layers)
         with self.watch.phase("init"):
-            choice: Choice = choose_layers(fed, self.client, self.watch, self.observer.on_phase)
+            choice = choose_layers(fed, self.client, self.watch, self.observer.on_phase)
             self.client.gal = choice.gal
+            if config.neurons.rule == "lossless":
+                choice.lossless["neuron_shares"] = neuron_shares(fed, self.client, self.watch, self.observer.on_phase)
             if not config.curriculum.lazy and self.client.needs_scores:
                 score_all(fed, self.client, self.watch, self.observer.on_phase)
-        self.server = Server(self.flat, choice.gal, config.wire.dtype, config.seed)
-        self.store = LocalStore(self.flat, choice.gal, len(fed.devices))
-        return self._init_record(choice)
+        self._divide()
+        init = self._init_record(choice)
+        self._use_shares(init)
+        return init
+
+    def _divide(self) -> None:
+        """Part the adapter into what the server holds (GAL, head) and what every device keeps (local layers)."""
+        self.server = Server(self.flat, self.client.gal, self.config.wire.dtype, self.config.seed)
+        self.store = LocalStore(self.flat, self.client.gal, len(self.fed.devices))
+
+    def _use_shares(self, init: InitRecord) -> None:
+        shares = init.lossless.get("neuron_shares")
+        if shares is not None:
+            self.client.neuron_share = {int(layer): share for layer, share in shares.items()}
 
     def _init_record(self, choice: Choice) -> InitRecord:
         fed, mask = self.fed, self.client.mask(self.fed.devices[0])

@@ -23,6 +23,10 @@ class Stopwatch:
         """Seconds since the watch was made."""
         return time.perf_counter() - self._start
 
+    def add(self, seconds: float) -> None:
+        """Count ``seconds`` that were spent before, by another process."""
+        self._start -= seconds
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._book()

@@ -1,0 +1,64 @@
+"""A run's state after a round as one safetensors file, so that an interrupted run goes on where it stopped.
+
+Random choices are named by what they are for (see :mod:`fibecfed.seeds`), so there is no generator state to keep.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .client import Device
+from .record import RecordError
+from .server import LocalStore, Server
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+def save_checkpoint(
+    run_dir: Path, round_: int, elapsed: float, server: Server, store: LocalStore, devices: list[Device]
+) -> None:
+    """Write the state after ``round_``; an interruption meanwhile leaves the one before."""
+    tensors = {"global": server.values.cpu(), "local": store.rows.cpu()}
+    tensors["participations"] = torch.tensor([device.rounds for device in devices])
+    for device in devices:
+        if device.scores is not None:
+            tensors[f"scores.{device.index}"] = torch.from_numpy(device.scores)
+        if device.importance is not None:
+            tensors[f"importance.{device.index}"] = device.importance
+    temporary = run_dir / f"{CHECKPOINT_FILE}.part"
+    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed)})
+    os.replace(temporary, run_dir / CHECKPOINT_FILE)
+
+
+def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: list[Device]) -> tuple[int, float]:
+    """Put back what :func:`save_checkpoint` wrote; returns the round and the seconds spent until then.
+
+    Raises RecordError when there is no checkpoint, it cannot be read, or it is another run's.
+    """
+    path = run_dir / CHECKPOINT_FILE
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file, wanted the folder of a run with at least one finished round")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RecordError(f"{path}: {error}") from None
+    wanted = {"global": server.values.shape, "local": store.rows.shape, "participations": (len(devices),)}
+    for name, shape in wanted.items():
+        if name not in tensors or tensors[name].shape != torch.Size(shape):
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise RecordError(f"{path}: {name} is {found}, wanted {tuple(shape)}: it belongs to another run")
+    server.values = tensors["global"].to(server.values.device)
+    store.rows.copy_(tensors["local"])
+    for device in devices:
+        device.rounds = int(tensors["participations"][device.index])
+        scores = tensors.get(f"scores.{device.index}")
+        device.scores = None if scores is None else np.array(scores)
+        device.importance = tensors.get(f"importance.{device.index}")
+    return int(metadata["round"]), float(metadata["elapsed"])
