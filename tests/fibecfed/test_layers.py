@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fibecfed.layers import choose_gal, combine, find_blocks, perturbation, sensitivity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
 BERT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, **SIZE}
 FAMILIES: dict[str, tuple[Any, list[str]]] = {
@@ -28,15 +29,6 @@ FAMILIES: dict[str, tuple[Any, list[str]]] = {
 }
 SENTENCES = [[7, 3, 12, 9, 30, 21, 2], [5, 8, 11], [4, 35, 19, 6, 28]]
 LABELS = [2, 0, 1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """For models this small a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(family: str, task: str = "SequenceClassification") -> nn.Module:
@@ -117,9 +109,9 @@ def test_sensitivity_of_other_families(family: str) -> None:
 
 
 def test_float32_is_close_to_float64() -> None:
-    model = tiny("bert")
-    wanted = sensitivity(model, padded(0, "right", 9))
-    torch.testing.assert_close(sensitivity(model.float(), padded(0, "right", 9)), wanted, rtol=1e-3, atol=1e-6)
+    model, batch = tiny("bert"), padded(0, "right", 9)
+    wanted = sensitivity(model, batch)
+    torch.testing.assert_close(sensitivity(model.float(), batch), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_the_call_leaves_the_model_as_it_was() -> None:
@@ -292,13 +284,8 @@ def test_combine_weighs_devices_by_their_samples() -> None:
 
 def test_gal_is_the_most_sensitive_layers_ties_to_the_lower_index() -> None:
     values = torch.tensor([0.3, 0.9, 0.3, 0.1, 0.9])
-    assert [choose_gal(values, count) for count in range(1, 6)] == [
-        (1,),
-        (1, 4),
-        (0, 1, 4),
-        (0, 1, 2, 4),
-        (0, 1, 2, 3, 4),
-    ]
+    wanted = [(1,), (1, 4), (0, 1, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4)]
+    assert [choose_gal(values, count) for count in range(1, 6)] == wanted
     assert choose_gal(torch.tensor([0.1, 0.5, 0.2]), 2, layers=[4, 8, 6]) == (6, 8)
     for count in (0, 6):
         with pytest.raises(ValueError, match="count"):
