@@ -101,7 +101,8 @@ def load_model(
             AutoModelForSequenceClassification,
             name,
             location,
-            num_labels=num_classes,
+            id2label={index: f"LABEL_{index}" for index in range(num_classes)},
+            label2id={f"LABEL_{index}": index for index in range(num_classes)},
             problem_type="single_label_classification",
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,  # a head made for another number of classes; a body is refused below
@@ -231,7 +232,10 @@ def _prepare_padding(name: str, base: Any, tokenizer: Any) -> None:
     positions = getattr(base.config, "max_position_embeddings", None)
     if positions:  # many tokenizers do not know their model's limit
         tables = [module for path, module in base.named_modules() if path.endswith("position_embeddings")]
-        first = max((getattr(table, "padding_idx", None) or -1 for table in tables), default=-1) + 1  # RoBERTa: 2
+        reserved = [
+            getattr(table, "padding_idx", None) for table in tables
+        ]  # RoBERTa's positions start after padding's
+        first = max((index + 1 for index in reserved if index is not None), default=0)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
 
 
