@@ -1,8 +1,6 @@
 """How many layers must travel: the "lossless" rule on the spectrum of a device's Hessian over its LoRA parameters.
 
-``flat`` is a :class:`fibecfed.adapter.FlatAdapter`; its LoRA values come first in the buffer, the head last.
-``loss`` is a function without arguments that computes the scalar loss of one fixed batch at the current values. It must
-be deterministic: differences of losses with dropout are noise.
+``flat``, ``loss`` and ``method`` are as in :mod:`fibecfed.hessian`.
 """
 
 from __future__ import annotations
@@ -10,35 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .hessian import Flat, Loss, Method, gradient, hvp, scale, span_of
 from .layers import evaluating
-
-Loss = Callable[[], Tensor]
-Method = Literal["differences", "double_backward"]
-
-
-class Flat(Protocol):
-    """What this module needs of a FlatAdapter."""
-
-    @property
-    def data(self) -> nn.Parameter: ...
-
-    @property
-    def grad(self) -> Tensor: ...
-
-    @property
-    def entries(self) -> Sequence[Any]: ...  # of fibecfed_kernels.Entry
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def values(self, layer: int | None) -> slice: ...
-
-    def zero_grad(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,11 +57,13 @@ def device_decision(
     samples: int = 3,
     radius: float = 1e-2,
     method: Method = "differences",
+    span: slice | None = None,
 ) -> Decision:
     """The rule for one device: spectrum by ``steps`` of :func:`lanczos`, L_k by :func:`lipschitz`, :func:`decide`.
 
     ``flat.model`` is in eval mode meanwhile. Costs about 2·steps + 3·samples + 4 backward passes with differences.
     ``flat.data`` and ``flat.grad`` come back bit by bit. The same generator state gives the same decision.
+    ``span``: the values of the flat buffer it is about (one layer's, say); None: all LoRA values.
     Raises ValueError when ``loss`` has two values for the same parameters.
     """
     with evaluating(flat.model):
@@ -93,45 +71,11 @@ def device_decision(
             first, second = float(loss()), float(loss())
         if not math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-7):
             raise ValueError(f"loss: {first}, then {second} for the same parameters, wanted one value: no dropout")
-        spectrum = lanczos(lambda v: hvp(flat, loss, v, method=method), _lora(flat).stop, steps, generator)
-        bound = lipschitz(flat, loss, generator, samples=samples, radius=radius, method=method)
+        values = span_of(flat, span)
+        dim = values.stop - values.start
+        spectrum = lanczos(lambda v: hvp(flat, loss, v, method=method, span=span), dim, steps, generator)
+        bound = lipschitz(flat, loss, generator, samples=samples, radius=radius, method=method, span=span)
     return decide(spectrum, bound)
-
-
-def hvp(flat: Flat, loss: Loss, v: Tensor, *, method: Method = "differences", step: float | None = None) -> Tensor:
-    """H·v with H the Hessian of ``loss`` over the LoRA parameters (the head stands still), at the current values.
-
-    differences::
-
-        H v ≈ ‖v‖ · (∇L(P + s·v/‖v‖) − ∇L(P − s·v/‖v‖)) / (2s),    s = ε^{1/3} · max(1, ‖P‖) by default [ours]
-
-    ε is the machine epsilon of ``flat.data``: at ε^{1/3} rounding and the third derivative cost about the same.
-    double_backward: exact, but the model's operations must have a second derivative (use eager attention; the fused CPU
-    attention has none).
-
-    Args:
-        v: float (d,), d = number of LoRA values.
-        step: s > 0, length of the step.
-
-    Returns (d,) with the dtype and device of ``flat.data``. ``flat.data`` and ``flat.grad`` come back bit by bit.
-    Raises ValueError naming the argument.
-    """
-    lora = _lora(flat)
-    if v.shape != (lora.stop,):
-        raise ValueError(f"v: shape {tuple(v.shape)}, wanted ({lora.stop},), the LoRA values")
-    if step is not None and not 0.0 < step < math.inf:
-        raise ValueError(f"step: {step}, wanted 0 < step < ∞")
-    v = v.detach().to(flat.data)
-    length = float(torch.linalg.vector_norm(v, dtype=torch.float64))
-    if length == 0.0:
-        return torch.zeros_like(v)
-    if method == "double_backward":
-        return _double_backward(flat, loss, v)
-    if method != "differences":
-        raise ValueError(f"method: {method!r}, wanted 'differences' or 'double_backward'")
-    s = torch.finfo(v.dtype).eps ** (1 / 3) * _scale(flat) if step is None else step
-    ahead, behind = _gradient(flat, loss, v * (s / length)), _gradient(flat, loss, v * (-s / length))
-    return (ahead - behind) * (length / (2 * s))
 
 
 def lanczos(matvec: Callable[[Tensor], Tensor], dim: int, steps: int, generator: torch.Generator) -> Spectrum:
@@ -180,6 +124,7 @@ def lipschitz(
     samples: int = 3,
     radius: float = 1e-2,
     method: Method = "differences",
+    span: slice | None = None,
 ) -> float:
     """L_k, an estimate from below of the Lipschitz constant of Φ: Δ ↦ HΔ − ∇L(P + Δ) around 0 [the estimate is ours]::
 
@@ -192,8 +137,9 @@ def lipschitz(
     """
     if samples < 1 or not 0.0 < radius < math.inf:
         raise ValueError(f"samples, radius: {samples}, {radius}, wanted samples ≥ 1 and 0 < radius < ∞")
-    length, dim = radius * _scale(flat), _lora(flat).stop
-    here = _gradient(flat, loss)
+    values = span_of(flat, span)
+    length, dim = radius * scale(flat, values), values.stop - values.start
+    here = gradient(flat, loss, values)
     directions = [-here.double()] if bool(here.any()) else []
     for _ in range(samples):
         drawn = torch.randn(dim, generator=generator, dtype=torch.float64, device=generator.device)
@@ -201,8 +147,8 @@ def lipschitz(
     ratios = []
     for direction in directions:
         shift = (direction * (length / direction.norm())).to(here)
-        change = _gradient(flat, loss, shift).double() - here.double()
-        rest = hvp(flat, loss, shift, method=method).double() - change
+        change = gradient(flat, loss, values, shift).double() - here.double()
+        rest = hvp(flat, loss, shift, method=method, span=span).double() - change
         ratios.append(float(rest.norm() / shift.double().norm()))
     return max(ratios)
 
@@ -254,43 +200,3 @@ def combine_decisions(
     shares = [default_share if decision.share is None else decision.share for decision in decisions]
     kept = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes)
     return min(max(round(num_layers * kept), 1), num_layers)
-
-
-def _lora(flat: Flat) -> slice:
-    return slice(0, flat.values(None).start)
-
-
-def _scale(flat: Flat) -> float:
-    return max(1.0, float(torch.linalg.vector_norm(flat.data.detach()[_lora(flat)], dtype=torch.float64)))
-
-
-def _gradient(flat: Flat, loss: Loss, shift: Tensor | None = None) -> Tensor:
-    """∇L over the LoRA values at P + shift; values and gradients are put back by copying, which undoes no rounding."""
-    lora = _lora(flat)
-    data, grad = flat.data.detach().clone(), flat.grad.detach().clone()
-    try:
-        if shift is not None:
-            with torch.no_grad():
-                flat.data[lora].add_(shift)
-        flat.zero_grad()
-        with torch.enable_grad():
-            loss().backward()
-        return flat.grad[lora].detach().clone()
-    finally:
-        with torch.no_grad():
-            flat.data.copy_(data)
-            flat.grad.copy_(grad)
-
-
-def _double_backward(flat: Flat, loss: Loss, v: Tensor) -> Tensor:
-    entries = [entry for entry in flat.entries if entry.layer is not None]
-    leaves = [flat.model.get_parameter(entry.name) for entry in entries]
-    parts = [v[entry.offset : entry.offset + entry.numel].view(entry.shape) for entry in entries]
-    with torch.enable_grad():
-        grads = torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)
-        along = [(g * part).sum() for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
-        if not along:  # a loss linear in the parameters, or without them
-            return torch.zeros_like(v)
-        products = torch.autograd.grad(torch.stack(along).sum(), leaves, allow_unused=True)
-    pairs = zip(products, leaves, strict=True)
-    return torch.cat([(torch.zeros_like(leaf) if h is None else h).flatten() for h, leaf in pairs]).to(v)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fibecfed.adapter import FlatAdapter
-from fibecfed.lossless import device_decision, hvp, lipschitz
+from fibecfed.hessian import hvp
+from fibecfed.lossless import device_decision, lipschitz
 from fibecfed_kernels import Entry
 
 from .tiny import batch, tiny
