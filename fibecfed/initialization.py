@@ -15,8 +15,8 @@ from . import layers, lossless
 from .client import Client, Device
 from .federation import Federation
 from .scoring import classification_loss
-from .server import weighted_mean
 from .seeds import stream, torch_stream
+from .server import weighted_mean
 from .stopwatch import Stopwatch
 
 OnPhase = Callable[[str, int, int], None]

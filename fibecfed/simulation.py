@@ -20,17 +20,17 @@ from .initialization import Choice, choose_layers, neuron_shares, score_all
 from .phases import Cost
 from .record import (
     CONFIG_FILE,
-    RecordError,
-    read_record,
-    rewrite_record,
     EndRecord,
     InitRecord,
     Observer,
+    RecordError,
     RecordWriter,
     RoundRecord,
     RunRecord,
     SilentObserver,
     new_run_dir,
+    read_record,
+    rewrite_record,
 )
 from .server import LocalStore, Server, weighted_mean
 from .stopwatch import Stopwatch
