@@ -1,0 +1,39 @@
+// What the CPU bodies share: the stable ABI's headers, and one way to spread tasks over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace fibecfed {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Waking threads costs microseconds on an idle machine and near a millisecond beside a busy neighbour.
+constexpr int64_t kSerialBytes = int64_t{1} << 20;
+
+// Calls worker(next) on each thread; a worker takes task next() until it returns -1. The tasks a thread gets differ from
+// run to run, so a task must own what it writes. `bytes`: what all tasks move together.
+template <class Worker>
+void parallel_tasks(int64_t tasks, int64_t bytes, const Worker& worker) {
+  std::atomic<int64_t> counter{0};
+  const auto next = [&]() -> int64_t {
+    const int64_t task = counter.fetch_add(1, std::memory_order_relaxed);
+    return task < tasks ? task : -1;
+  };
+  const int64_t threads = bytes < kSerialBytes ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  if (threads <= 1) {
+    worker(next);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(next); });
+  }
+}
+
+}  // namespace fibecfed

@@ -1,0 +1,245 @@
+// CPU bodies of fisher_diag and lora_fisher_diag.
+//
+// A matrix's gradient of a sample is P = thinᵀ wide, summed over the sample's tokens: thin is the operand with fewer
+// features (the rank, in a LoRA pair), wide the other. A task is (matrix, rows of thin, strip of wide, group of samples); it
+// keeps P, Σ P² and Σ P of its rows and strip near the core. All sizes below are fixed, so the order of every sum, and with
+// it every bit, depends on the shapes alone, and a score on its own sample alone.
+#include "common.h"
+#include "simd.h"
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using fibecfed::ScalarType;
+using fibecfed::Tensor;
+
+constexpr int64_t kTaskRows = 64;
+constexpr int64_t kStrip = 192;    // columns of a task: a multiple of every register tile's width
+constexpr int64_t kChunk = 64;     // tokens between two additions to P: keeps the operands in the cache, the error small
+constexpr int64_t kTileWidth = 48;  // of the widest register tile
+constexpr int64_t kGroupSamples = 8;
+constexpr int64_t kMostGroups = 32;
+
+enum class Dtype { float32, bfloat16, float16 };
+
+struct Operand {
+  const void* data;  // (tokens, features), contiguous
+  int64_t features;
+  Dtype dtype;
+};
+
+struct Task {
+  Operand thin, wide;
+  int64_t row, rows, column, columns, first_sample, last_sample;
+  int64_t matrix, group, score_part;
+};
+
+struct Scratch {
+  float *thin, *wide, *product, *diag, *weight_grad;
+};
+
+#define FIBECFED_KERNEL "fisher_kernel.h"
+#include "for_each_isa.h"
+
+struct Matrix {
+  Operand thin, wide;
+  bool transposed;  // the result is (wide, thin)
+  int64_t offset;   // of the result in diag and weight_grad
+  int64_t groups, score_parts, first_score_part;
+};
+
+Operand operand(const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "fisher: wanted float32, bfloat16 or float16 tensors");
+  return {
+      tensor.const_data_ptr(), tensor.size(tensor.dim() - 1),
+      dtype == ScalarType::Float          ? Dtype::float32
+          : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                          : Dtype::float16};
+}
+
+// Σ ∂yᵀ x: (grad.features, x.features).
+Matrix matrix(const Operand& x, const Operand& grad, int64_t offset) {
+  const bool transposed = x.features < grad.features;
+  return {transposed ? x : grad, transposed ? grad : x, transposed, offset, 1, 0, 0};
+}
+
+std::vector<int64_t> sample_bounds(const Tensor& x, const std::optional<Tensor>& cu_seqlens) {
+  std::vector<int64_t> bounds;
+  if (!cu_seqlens.has_value()) {
+    STD_TORCH_CHECK(x.dim() == 3, "fisher: wanted tensors (N, T, features), or (total, features) with cu_seqlens");
+    const int64_t samples = x.size(0), tokens = x.size(1);
+    bounds.resize(samples + 1);
+    for (int64_t n = 0; n <= samples; ++n) bounds[n] = n * tokens;
+    return bounds;
+  }
+  STD_TORCH_CHECK(x.dim() == 2, "fisher: wanted tensors (total, features) since cu_seqlens is given");
+  STD_TORCH_CHECK(
+      cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && cu_seqlens->scalar_type() == ScalarType::Int,
+      "cu_seqlens: wanted int32 (N+1,)");
+  const Tensor offsets = torch::stable::contiguous(*cu_seqlens);
+  const int32_t* values = offsets.const_data_ptr<int32_t>();
+  bounds.assign(values, values + offsets.numel());
+  bool good = bounds.front() == 0 && bounds.back() == x.size(0);
+  for (size_t n = 1; n < bounds.size(); ++n) good = good && bounds[n - 1] <= bounds[n];
+  STD_TORCH_CHECK(good, "cu_seqlens: values must rise from 0 to the number of tokens, ", x.size(0));
+  return bounds;
+}
+
+std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
+  std::vector<Task> tasks;
+  int64_t score_parts = 0;
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    Matrix& of = matrices[m];
+    const int64_t thin = of.thin.features, wide = of.wide.features;
+    // A matrix with many rows has tasks enough, and its partial sums would be as large as gradients.
+    const int64_t group = thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
+    of.first_score_part = score_parts;
+    of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + kStrip - 1) / kStrip);
+    of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
+    for (int64_t g = 0; g < of.groups; ++g) {
+      int64_t part = score_parts;
+      for (int64_t row = 0; row < thin; row += kTaskRows) {
+        for (int64_t column = 0; column < wide; column += kStrip) {
+          tasks.push_back(
+              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(kStrip, wide - column), g * group,
+               std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
+        }
+      }
+    }
+    score_parts += of.score_parts;
+  }
+  return tasks;
+}
+
+void write_result(const Task& task, const Matrix& matrix, const float* strip, float* result) {
+  const int64_t row_stride = matrix.transposed ? 1 : matrix.wide.features;
+  const int64_t column_stride = matrix.transposed ? matrix.thin.features : 1;
+  float* out = result + task.row * row_stride + task.column * column_stride;
+  for (int64_t i = 0; i < task.rows; ++i) {
+    for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j * column_stride] = strip[i * kStrip + j];
+  }
+}
+
+struct Fisher {
+  Tensor scores, diag, weight_grad;
+};
+
+Fisher fisher(const Tensor& like, std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
+              std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
+  const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
+  const std::vector<Task> tasks = plan(matrices, samples);
+  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0;
+  for (const Matrix& of : matrices) {
+    const int64_t thin = of.thin.features, wide = of.wide.features;
+    numel += thin * wide;
+    bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
+    groups = std::max(groups, of.groups);
+    rows = std::max(rows, std::min(thin, kTaskRows));
+    score_parts += of.score_parts;
+  }
+  const auto empty = [&](const std::vector<int64_t>& sizes) {
+    return torch::stable::new_empty(like, sizes, ScalarType::Float);
+  };
+  Fisher result{empty(scores_shape), empty(shape), empty(weight_grad ? shape : std::vector<int64_t>{0})};
+  float* diag = result.diag.mutable_data_ptr<float>();
+  float* grad = weight_grad ? result.weight_grad.mutable_data_ptr<float>() : nullptr;
+
+  // Group 0 writes to the result, the others to their own copy, which is added in order below.
+  const std::unique_ptr<float[]> copies(groups > 1 ? new float[(groups - 1) * numel * (weight_grad ? 2 : 1)] : nullptr);
+  const auto group_diag = [&](int64_t g) { return g == 0 ? diag : copies.get() + (g - 1) * numel; };
+  const auto group_grad = [&](int64_t g) { return g == 0 ? grad : copies.get() + (groups - 1 + g - 1) * numel; };
+  const std::unique_ptr<double[]> parts(new double[samples * score_parts]);
+
+  const auto run = FIBECFED_BEST(run_task);
+  fibecfed::parallel_tasks(static_cast<int64_t>(tasks.size()), bytes, [&](const auto& next) {
+    const int64_t strip = rows * kStrip;
+    const std::unique_ptr<float[]> buffer(new float[kChunk * (rows + kTileWidth) + (weight_grad ? 3 : 2) * strip]);
+    float* const product = buffer.get() + kChunk * (rows + kTileWidth);
+    const Scratch scratch{
+        buffer.get(), buffer.get() + kChunk * rows, product, product + strip, weight_grad ? product + 2 * strip : nullptr};
+    for (int64_t i = next(); i >= 0; i = next()) {
+      const Task& task = tasks[i];
+      const Matrix& of = matrices[task.matrix];
+      run(task, bounds.data(), parts.get() + task.score_part, score_parts, scratch);
+      write_result(task, of, scratch.diag, group_diag(task.group) + of.offset);
+      if (weight_grad) write_result(task, of, scratch.weight_grad, group_grad(task.group) + of.offset);
+    }
+  });
+
+  float* scores = result.scores.mutable_data_ptr<float>();
+  for (const Matrix& of : matrices) {
+    for (int64_t n = 0; n < samples; ++n) {
+      const double* part = parts.get() + n * score_parts + of.first_score_part;
+      double score = 0.0;
+      for (int64_t i = 0; i < of.score_parts; ++i) score += part[i];
+      *scores++ = static_cast<float>(score);
+    }
+    const int64_t count = of.thin.features * of.wide.features;
+    for (int64_t g = 1; g < of.groups; ++g) {
+      for (int64_t i = of.offset; i < of.offset + count; ++i) diag[i] += group_diag(g)[i];
+      for (int64_t i = of.offset; weight_grad && i < of.offset + count; ++i) grad[i] += group_grad(g)[i];
+    }
+  }
+  return result;
+}
+
+void check_tokens(const char* name, const Tensor& tensor, const Tensor& x) {
+  bool good = tensor.dim() == x.dim() && tensor.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; good && i + 1 < x.dim(); ++i) good = tensor.size(i) == x.size(i);
+  STD_TORCH_CHECK(good, name, ": wanted the dtype, samples and tokens of x");
+}
+
+std::tuple<Tensor, Tensor, Tensor> fisher_diag(Tensor x, Tensor grad_y, std::optional<Tensor> cu_seqlens, bool weight_grad) {
+  const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
+  check_tokens("grad_y", grad_y, x);
+  x = torch::stable::contiguous(x);
+  grad_y = torch::stable::contiguous(grad_y);
+  const Operand in = operand(x), out = operand(grad_y);
+  std::vector<Matrix> matrices{matrix(in, out, 0)};
+  Fisher result = fisher(
+      x, matrices, bounds, weight_grad, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
+  return {result.scores, result.diag, result.weight_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
+    Tensor x, std::vector<Tensor> h, std::vector<Tensor> grad_h, std::vector<Tensor> grad_y, std::optional<Tensor> cu_seqlens,
+    bool weight_grad) {
+  const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
+  STD_TORCH_CHECK(
+      h.size() == grad_h.size() && h.size() == grad_y.size(), "h, grad_h, grad_y: wanted lists of equal length");
+  x = torch::stable::contiguous(x);
+  std::vector<Matrix> matrices;
+  int64_t offset = 0;
+  for (size_t m = 0; m < h.size(); ++m) {
+    check_tokens("h", h[m], x);
+    check_tokens("grad_h", grad_h[m], x);
+    check_tokens("grad_y", grad_y[m], x);
+    h[m] = torch::stable::contiguous(h[m]);
+    grad_h[m] = torch::stable::contiguous(grad_h[m]);
+    grad_y[m] = torch::stable::contiguous(grad_y[m]);
+    const Operand in = operand(x), low = operand(h[m]), low_grad = operand(grad_h[m]), out = operand(grad_y[m]);
+    STD_TORCH_CHECK(low.features == low_grad.features, "h: wanted the shape of grad_h");
+    matrices.push_back(matrix(in, low_grad, offset));
+    offset += in.features * low.features;
+    matrices.push_back(matrix(low, out, offset));
+    offset += low.features * out.features;
+  }
+  Fisher result = fisher(
+      x, matrices, bounds, weight_grad,
+      {static_cast<int64_t>(matrices.size()), static_cast<int64_t>(bounds.size()) - 1}, {offset});
+  return {result.scores, result.diag, result.weight_grad};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fibecfed, CPU, m) {
+  m.impl("fisher_diag", TORCH_BOX(&fisher_diag));
+  m.impl("lora_fisher_diag", TORCH_BOX(&lora_fisher_diag));
+}

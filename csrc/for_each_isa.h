@@ -1,0 +1,36 @@
+// Includes FIBECFED_KERNEL once for each instruction set, in namespaces baseline, avx2 and avx512, with FIBECFED_LANES
+// floats in a register. That file must include nothing and call nothing that is not its own: an inline function of a
+// library, compiled here with AVX-512, could be the copy that the linker keeps for everybody.
+#define FIBECFED_LANES 4
+#define FIBECFED_FMA 0
+namespace baseline {
+#include FIBECFED_KERNEL
+}
+#undef FIBECFED_LANES
+#undef FIBECFED_FMA
+
+#if FIBECFED_X86_VERSIONS
+#define FIBECFED_FMA 1
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define FIBECFED_LANES 8
+namespace avx2 {
+#include FIBECFED_KERNEL
+}
+#undef FIBECFED_LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define FIBECFED_LANES 16
+namespace avx512 {
+#include FIBECFED_KERNEL
+}
+#undef FIBECFED_LANES
+#pragma GCC pop_options
+
+#undef FIBECFED_FMA
+#endif
+
+#undef FIBECFED_KERNEL

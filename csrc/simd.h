@@ -1,0 +1,42 @@
+// Which instruction set this processor has. for_each_isa.h compiles a kernel file once for each of them.
+#pragma once
+
+// GCC lowers vector types before target_clones clones a function, so clones of a register tile would all be scalar code:
+// a kernel file is included once a target instead. Other compilers and processors get the baseline version alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FIBECFED_X86_VERSIONS 1
+#include <immintrin.h>
+#else
+#define FIBECFED_X86_VERSIONS 0
+#endif
+
+namespace fibecfed {
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa isa() {
+#if FIBECFED_X86_VERSIONS
+  static const Isa found = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+  }();
+  return found;
+#else
+  return Isa::baseline;
+#endif
+}
+
+}  // namespace fibecfed
+
+// The version of FUNCTION that this processor runs; FUNCTION is defined in a file included by for_each_isa.h.
+#if FIBECFED_X86_VERSIONS
+#define FIBECFED_BEST(FUNCTION)                                     \
+  (::fibecfed::isa() == ::fibecfed::Isa::avx512 ? avx512::FUNCTION  \
+       : ::fibecfed::isa() == ::fibecfed::Isa::avx2 ? avx2::FUNCTION \
+                                                    : baseline::FUNCTION)
+#else
+#define FIBECFED_BEST(FUNCTION) (baseline::FUNCTION)
+#endif
