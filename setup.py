@@ -33,6 +33,7 @@ setup(
                 "-std=c++20",
                 "-fvisibility=hidden",
                 "-ffp-contract=off",  # an update must round as torch's does; where FMA is wanted it is written
+                "-fno-math-errno",  # or a square root is a call that nothing vectorises
                 f"-DTORCH_TARGET_VERSION={TORCH_STABLE_ABI}",
                 f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
                 "-Wall",
