@@ -179,10 +179,10 @@ def _parse_value(key: str, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     value = parsed["value"] if len(parsed) == 1 else text
-    # A column or file may be called 2024 or true: where text is wanted, only a quoted value is parsed.
+    # A column or file may be called 2024 or true, a choice 2: where text is wanted, only a quoted value is parsed.
     field = dict(_fields()).get(key)
     annotation = "" if field is None else str(field.annotation)
-    wants_text = "str" in annotation and "list" not in annotation
+    wants_text = ("str" in annotation or "Literal" in annotation) and "list" not in annotation
     return text if wants_text and not isinstance(value, str) else value
 
 
@@ -230,8 +230,12 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """The known key that ``key`` was meant to be: nearly the same spelling, or the same name in another section."""
-    leaf = key.rpartition(".")[2]
+    """The known key that ``key`` was meant to be: in its own section, of nearly the same spelling, or the same name in
+    another section."""
+    section, _, leaf = key.rpartition(".")
     leaves = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(leaf, list(leaves), n=1)
-    return leaves.get(close[0], close[0]) if close else None
+    own = {name.rpartition(".")[2]: name for name in known if section and name.startswith(f"{section}.")}
+    for word, candidates in ((leaf, own), (key, dict(zip(known, known, strict=True))), (leaf, leaves)):
+        if close := difflib.get_close_matches(word, list(candidates), n=1):
+            return candidates[close[0]]
+    return None

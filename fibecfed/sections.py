@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 # TOML has no null: a nullable number is switched off with the word "none".
 OrNone = BeforeValidator(lambda value: None if value == "none" else value)
+# norm = 2 is meant as norm = "2".
+AsText = BeforeValidator(lambda value: f"{value:g}" if isinstance(value, int | float) else value)
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -143,7 +145,9 @@ class Gal(Section):
         default="sensitive",
         description="which layers: the most sensitive ones, every one, or a plain choice to compare with",
     )
-    norm: Literal["2", "inf"] = Field(default="2", description="p-norm that bounds the noise on the embeddings")
+    norm: Annotated[Literal["2", "inf"], AsText] = Field(
+        default="2", description="p of the p-norm that bounds the noise on the embeddings"
+    )
     gamma: Positive = Field(
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )

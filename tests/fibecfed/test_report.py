@@ -1,0 +1,317 @@
+"""Tables and plots of hand-made records: what they say, what they leave out, and that they touch nothing global."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from rich.console import Console, RenderableType
+
+from fibecfed.plots import BLUE, accuracy_figure, compare_figure, scores_figure, sensitivity_figure
+from fibecfed.progress import RichObserver
+from fibecfed.record import RunRecord
+from fibecfed.report import (
+    common_target,
+    comparison_table,
+    differences,
+    print_comparison,
+    print_report,
+    reached,
+    rounds_table,
+    seconds_table,
+    summary_table,
+    write_comparison,
+    write_plots,
+)
+
+from .handmade import init_record, round_record, run_record
+
+
+def shown(*tables: RenderableType, width: int = 120) -> str:
+    console = Console(file=StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The words of the first line that starts with the word ``first``."""
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [first])
+
+
+def lines_of(axes: Axes) -> dict[str, Any]:
+    return {str(line.get_label()): line for line in axes.get_lines()}
+
+
+def test_reaching_a_target_counts_everything_spent_until_its_round_initialization_included() -> None:
+    record = run_record((0.6, 0.7, 0.8))
+    spent = reached(record, 0.7)
+    assert spent is not None
+    assert (spent.round, spent.accuracy) == (2, 0.7)
+    assert spent.seconds == 24.0
+    assert spent.without_evaluation == 24.0 - 2 * 3.0
+    assert spent.modelled_seconds == 3.0
+    assert (spent.bytes_up, spent.bytes_down) == (4_001_000, 6_000_000)
+
+
+def test_reaching_a_target_takes_the_first_evaluated_round_and_the_accuracy_asked_for() -> None:
+    record = run_record((0.6, None, 0.8, 0.9))
+    assert [spent and spent.round for spent in (reached(record, t) for t in (0.1, 0.6, 0.61, 0.9, 0.91))] == [
+        1,
+        1,
+        3,
+        4,
+        None,
+    ]
+    assert reached(record, 0.65, "personal") == replace(reached(record, 0.6), accuracy=pytest.approx(0.65))  # type: ignore[type-var]
+    assert reached(record, 0.95, "global") is None
+    assert reached(record, 0.94, "personal") is not None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target"),
+    [
+        ([(0.6, 0.7), (0.5, 0.838)], 0.70),
+        ([(0.29,), (0.9,)], 0.29),
+        ([(0.7, 0.2), (0.9,)], 0.70),
+        ([(0.7, None), (None,)], None),
+    ],
+)
+def test_the_common_target_is_the_highest_whole_percent_that_every_run_reached(
+    accuracies: list[tuple[float | None, ...]], target: float | None
+) -> None:
+    assert common_target([run_record(values) for values in accuracies]) == target
+
+
+def test_a_row_a_round_shows_loss_accuracies_shares_and_bytes() -> None:
+    text = shown(rounds_table(run_record((0.6, None, 0.8125))))
+    assert cells(text, "1") == ["1", "0.7000", "60.0", "65.0", "60", "2", "75", "2.00", "3.00"]
+    assert cells(text, "2") == ["2", "0.3500", "–", "–", "70", "2", "75", "2.00", "3.00"]
+    assert cells(text, "3")[2:4] == ["81.2", "86.2"]
+
+
+def test_a_loss_that_diverged_is_shown_as_absent() -> None:
+    record = run_record((0.6,))
+    record = replace(record, rounds=(round_record(1, 0.6, loss=None),))
+    assert cells(shown(rounds_table(record)), "1")[1] == "–"
+
+
+def test_seconds_are_split_by_activity_and_summed() -> None:
+    record = run_record((0.6, 0.7))
+    record = replace(record, rounds=(record.rounds[0], round_record(2, 0.7, seconds={"train": 5.0, "export": 2.0})))
+    text = shown(seconds_table(record))
+    assert cells(text, "round")[1:7] == ["init", "train", "pack", "aggregate", "evaluate", "export"]
+    assert cells(text, "1") == ["1", "0.5", "6.0", "0.2", "0.2", "3.0", "–", "10.0", "14.0", "1.5"]
+    assert cells(text, "2") == ["2", "–", "5.0", "–", "–", "–", "2.0", "7.0", "24.0", "1.5"]
+
+
+def test_the_summary_shows_accuracy_beside_the_majority_class_layers_traffic_and_time() -> None:
+    text = shown(summary_table(run_record((0.6, 0.9, 0.8))))
+    assert "80.0 %, best 90.0 %, majority class 58.0 %" in text
+    assert "85.0 %, best 95.0 %, majority class 66.0 %" in text
+    assert cells(text, "matthews") == ["matthews", "0.5500"]
+    assert "1, 3 (the lossless rule found no gap: number by gal.default_share)" in text
+    assert "9.00 MB up, 9.50 MB down" in text
+    assert "28.0 s: load 1.0, train 18.0, evaluate 9.0" in text
+    assert "4.0 s: load 1.0, sensitivity 3.0" in text
+    assert "interrupted" not in text
+
+
+@pytest.mark.parametrize(
+    ("lossless", "words"),
+    [({}, None), ({"found": True}, "(number by the lossless rule)"), ({"found": False}, "no gap")],
+)
+def test_the_summary_says_where_the_number_of_layers_came_from(lossless: dict[str, Any], words: str | None) -> None:
+    text = shown(summary_table(replace(run_record((0.6,)), init=init_record(lossless=lossless))))
+    assert "1, 3" in text
+    assert ("lossless" in text) == (words is not None)
+    assert words is None or words in text
+
+
+def test_the_summary_of_an_interrupted_run_says_so_and_adds_up_what_was_spent() -> None:
+    text = shown(summary_table(run_record((0.6, 0.7, None), end=False)))
+    assert "interrupted after 3 of 3 rounds" in text
+    assert "6.00 MB up, 9.00 MB down" in text
+    assert "34.0 s: load 1.0, sensitivity 3.0, init 1.5, train 18.0" in text
+
+
+@pytest.mark.parametrize("stage", ["nothing", "init"])
+def test_a_run_without_a_round_can_be_reported(stage: str) -> None:
+    record = replace(run_record((0.6,), end=False), rounds=(), init=None if stage == "nothing" else init_record())
+    console = Console(file=StringIO(), width=100)
+    print_report(record, console)
+    assert "interrupted after 0 of 1 rounds" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_comparison_has_a_row_a_run_with_its_cost_or_never() -> None:
+    fast, slow = run_record((0.7, 0.8), "name=fast"), run_record((0.6, 0.7), "name=slow")
+    text = shown(comparison_table([fast, slow], 0.75))
+    assert "to 75.0 % global accuracy" in text
+    assert cells(text, "fast") == ["fast", "80.0", "80.0", "2", "24.0", "18.0", "3.0", "4.00", "6.00"]
+    assert cells(text, "slow") == ["slow", "70.0", "70.0", "never", "–", "–", "–", "–", "–"]
+
+
+def test_a_comparison_chooses_a_target_and_lists_the_settings_that_differ() -> None:
+    runs = [
+        run_record((0.7, 0.8), "name=fast"),
+        run_record((0.6, 0.72), "name=slow", "curriculum.enabled=false", "gal.count=2"),
+    ]
+    console = Console(file=StringIO(), width=100)
+    print_comparison(runs, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "to 72.0 % global accuracy" in text
+    assert "to 77.0 % personal accuracy" in text
+    assert cells(text, "curriculum.enabled") == ["curriculum.enabled", "true", "false"]
+    assert cells(text, "gal.count") == ["gal.count", "–", "2"]
+
+
+def test_differences_name_changed_keys_alone() -> None:
+    configs = [run_record((0.6,), *changes).config for changes in ((), ("name=b", "out=x", "seed=7"), ("train.lr=1",))]
+    assert differences(configs) == {"seed": [42, 7, 42], "train.lr": [2e-3, 2e-3, 1.0]}
+    assert differences(configs[:1]) == {}
+
+
+def test_notes_of_a_damaged_record_are_shown() -> None:
+    record = replace(run_record((0.6,)), notes=("record.jsonl line 3 is cut off",))
+    for show in (
+        lambda console: print_report(record, console),
+        lambda console: print_comparison([record] * 2, console),
+    ):
+        console = Console(file=StringIO(), width=100)
+        show(console)
+        assert "note: record.jsonl line 3 is cut off" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("table", [rounds_table, summary_table, seconds_table])
+def test_tables_fit_80_columns(table: Any) -> None:
+    record = run_record((0.6,) * 12)
+    text = shown(table(record), width=80)
+    wide = shown(table(record), width=300)
+    assert max(map(len, text.splitlines())) <= 80
+    if table is not summary_table:  # its last column is prose, which may wrap
+        assert len([line for line in text.splitlines() if line.split()[:1] == ["12"]]) == 1
+        assert cells(text, "12") == cells(wide, "12")
+
+
+def test_accuracy_is_drawn_against_rounds_and_seconds_with_majority_and_initialization() -> None:
+    figure = accuracy_figure(run_record((0.6, None, 0.8)))
+    assert figure is not None
+    by_round, by_time = figure.axes
+    for axes, x in ((by_round, [1, 3]), (by_time, [14.0, 34.0])):
+        lines = lines_of(axes)
+        assert list(lines["global"].get_xdata()) == x
+        assert list(lines["global"].get_ydata()) == [0.6, 0.8]
+        assert list(lines["personal"].get_ydata()) == pytest.approx([0.65, 0.85])
+        assert set(lines["majority class"].get_ydata()) == {0.58}
+        assert set(lines["majority class of each device"].get_ydata()) == {0.66}
+    (span,) = by_time.patches
+    assert (span.get_x(), span.get_x() + span.get_width()) == (0.0, 4.0)  # type: ignore[attr-defined]
+    assert by_time.get_xlim()[0] == 0.0
+    assert "(s)" in by_time.get_xlabel()
+    assert by_round.get_xlabel() == "round"
+    assert by_round.get_ylabel() == "test accuracy"
+
+
+def test_sensitivities_are_drawn_by_layer_with_the_gal_marked() -> None:
+    figure = sensitivity_figure(run_record((0.6,)))
+    assert figure is not None
+    (axes,) = figure.axes
+    bars = {round(bar.get_x() + bar.get_width() / 2): bar for bar in axes.patches}  # type: ignore[attr-defined]
+    assert {layer: bar.get_height() for layer, bar in bars.items()} == {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}  # type: ignore[attr-defined]
+    assert {layer for layer, bar in bars.items() if bar.get_facecolor() == to_rgba(BLUE)} == {1, 3}
+    assert {layer for layer, bar in bars.items() if bar.get_hatch()} == {0, 2}
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+
+
+def test_scores_are_drawn_as_a_histogram_on_a_logarithmic_axis_those_of_the_end_before_those_of_the_start() -> None:
+    record = run_record((0.6,))
+    assert record.end is not None
+    assert record.end.score_histogram is not None
+    doubled = replace(record.end.score_histogram, counts=[2 * n for n in record.end.score_histogram.counts])
+    for shown_record, factor in ((record, 1), (replace(record, end=replace(record.end, score_histogram=doubled)), 2)):
+        figure = scores_figure(shown_record)
+        assert figure is not None
+        (axes,) = figure.axes
+        assert axes.get_xscale() == "log"
+        (stairs,) = axes.patches
+        assert np.sum(stairs.get_data().values) == factor * 8  # type: ignore[attr-defined]
+    assert scores_figure(replace(record, end=None)) is not None
+
+
+def test_runs_are_compared_by_rounds_seconds_and_bytes() -> None:
+    runs = [run_record((0.6, 0.8), "name=a"), run_record((0.5, 0.7), "name=b")]
+    figure = compare_figure(runs)
+    assert figure is not None
+    assert len(figure.axes) == 6
+    x = [lines_of(axes)["b"].get_xdata() for axes in figure.axes[:3]]
+    assert [list(values) for values in x] == [[1, 2], [14.0, 24.0], pytest.approx([5.001, 10.001])]
+    assert list(lines_of(figure.axes[0])["b"].get_ydata()) == [0.5, 0.7]
+    assert list(lines_of(figure.axes[3])["a"].get_ydata()) == pytest.approx([0.65, 0.85])
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == 2
+    assert all("(s)" in axes.get_xlabel() or "MB" in axes.get_xlabel() for axes in figure.axes[4:])
+
+
+def without_personal(record: RunRecord) -> RunRecord:
+    return replace(record, rounds=tuple(replace(entry, personal_accuracy=None) for entry in record.rounds))
+
+
+def test_without_personal_accuracy_only_the_global_one_is_drawn() -> None:
+    record = without_personal(run_record((0.6, 0.8)))
+    figure, several = accuracy_figure(record), compare_figure([record, record])
+    assert figure is not None
+    assert several is not None
+    assert "personal" not in lines_of(figure.axes[0])
+    assert len(several.axes) == 3
+
+
+def test_what_a_record_does_not_have_is_not_drawn(tmp_path: Path) -> None:
+    empty = replace(run_record((None, None), end=False), init=None)
+    assert write_plots(empty, tmp_path) == []
+    assert write_comparison([empty, empty], tmp_path / "compare.png") is None
+    assert list(tmp_path.iterdir()) == []
+    unmeasured = replace(empty, init=replace(init_record(sensitivity={}), score_histogram=None))
+    assert write_plots(unmeasured, tmp_path) == []
+
+
+def test_plots_are_written_as_png_without_touching_pyplot(tmp_path: Path) -> None:
+    before, backend = dict(mpl.rcParams), mpl.get_backend()
+    record = run_record((0.6, 0.8))
+    written = [*write_plots(record, tmp_path), write_comparison([record, record], tmp_path / "compare.png")]
+    assert [path and path.name for path in written] == ["accuracy.png", "sensitivity.png", "scores.png", "compare.png"]
+    for path in written:
+        assert path is not None
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert pyplot.get_fignums() == []
+    assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
+
+
+def test_an_observer_prints_a_line_for_start_initialization_and_every_round() -> None:
+    console = Console(file=StringIO(), width=60)
+    record = run_record((0.6, None))
+    assert record.init is not None
+    assert record.end is not None
+    with RichObserver(console) as observer:
+        observer.on_start(record.config, 2, {"path": "runs/demo", "train": 100})
+        observer.on_phase("sensitivity", 1, 20)
+        observer.on_init(record.init)
+        for entry in record.rounds:
+            observer.on_round(entry)
+        observer.on_end(record.end)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 4
+    assert lines[0] == "path runs/demo, train 100"
+    assert "layers 1, 3 travel" in lines[1]
+    assert "50 of 80 rows" in lines[1]
+    assert lines[2].startswith("round 1/2  loss 0.7000  global  60.0 %  personal  65.0 %  data  60 %  5.00 MB  10.0 s")
+    assert "global     – %" in lines[3]
+    assert (observer.path, observer.rounds) == (Path("runs/demo"), 2)
