@@ -1,0 +1,295 @@
+"""The command line: help, settings, one-line errors, reports of hand-made runs, score files, the doctor."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fibecfed import doctor
+from fibecfed.cli import USER_ERRORS, _user_errors, app
+from fibecfed.config import ConfigError, RunConfig, load_config
+from fibecfed.record import Observer
+from fibecfed.scores import write_scores
+from fibecfed_kernels import backend
+from fibecfed_kernels._ops import SCHEMAS
+
+from .handmade import run_record, write_run
+
+COLUMNS = {
+    "index": [0, 1],
+    "text": ['a "quoted", text', "ü\nnew line"],
+    "label": ["0", "1"],
+    "score": [0.5, 0.25],
+    "rank": [1, 0],
+}
+
+
+def call(*arguments: str | Path, width: int = 100) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    result = CliRunner(env={"COLUMNS": str(width), "TERM": "dumb"}).invoke(
+        app, [str(argument) for argument in arguments]
+    )
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ("run", "score", "report", "doctor")),
+        (("run",), ("CONFIG.toml", "--set", "--name", "--data", "--model", "--device", "--print-config", "the demo")),
+        (("score",), ("SCORES", ".parquet", ".csv", "--config", "--set", "--data", "--model", "--show")),
+        (("report",), ("RUN_DIR", "--target", "--out", "--no-plots", "config.toml")),
+        (("doctor",), ("body of every op",)),
+    ],
+)
+def test_every_command_explains_its_arguments(command: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code, out, _ = call(*command, "--help", width=120)
+    assert code == 0
+    assert [word for word in words if word not in out] == []
+
+
+def test_the_printed_configuration_is_a_file_that_gives_the_same_one(tmp_path: Path) -> None:
+    code, out, _ = call(
+        "run", "--print-config", "--set", "gal.count=2", "--data", "a.csv", "--device", "cpu", "--name", "x"
+    )
+    assert code == 0
+    path = tmp_path / "job.toml"
+    path.write_text(out)
+    expected = ["gal.count=2", "data.source=a.csv", "device=cpu", "name=x"]
+    assert load_config(path) == load_config(None, expected)
+    assert call("run", path, "--print-config")[1] == out
+
+
+def test_the_printed_default_is_the_demo(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(call("run", "--print-config")[1])
+    assert load_config(path) == RunConfig()
+
+
+def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text('seed = 1\n[model]\nsource = "in-file"\nrank = 3\n')
+    out = call("run", path, "--set", "model.source=set", "--set", "seed=2", "--model", "option", "--print-config")[1]
+    path.write_text(out)
+    config = load_config(path)
+    assert (config.seed, config.model.source, config.model.rank) == (2, "option", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--set", "train.lrr=1"), "--set train.lrr=1: train.lrr is no known key; did you mean train.lr?"),
+        (("run", "--set", "train.lr=-1"), "--set train.lr=-1: train.lr = -1: wanted greater than 0"),
+        (("run", "--set", "train.lr"), "--set train.lr: wanted section.key=value"),
+        (("run", "--name", "a/b"), "--set name=a/b: name = 'a/b': wanted letters"),
+        (("run", "missing.toml"), "missing.toml: no such file"),
+        (("run", "broken.toml"), "broken.toml: is not TOML"),
+        (("score", "scores.txt"), "scores.txt: wanted a file that ends in .parquet or .csv"),
+        (("score", "missing/scores.csv"), "missing/scores.csv: no such folder as missing"),
+        (("score", "scores.csv", "--set", "seed=x"), "--set seed=x: seed = 'x': wanted a valid integer"),
+        (("report", "missing"), "missing: no such folder, wanted the folder of a run"),
+        (("report", "."), "config.toml: no such file, wanted the folder of a run"),
+        (("report", "good", "missing"), "missing: no such folder"),
+        (("report", "good", "--out", "missing"), "No such file or directory"),
+    ],
+)
+def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.toml").write_text("[train\n")
+    write_run(tmp_path / "good", run_record((0.6,)))
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.startswith("fibecfed: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("module", "name"), USER_ERRORS)
+def test_every_error_of_a_user_is_a_value_error_and_ends_in_one_line(
+    module: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = getattr(importlib.import_module(module), name)
+    assert issubclass(kind, ValueError)
+
+    class Refusal(kind):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            ValueError.__init__(self, "column 'x':\n missing")
+
+    with pytest.raises(typer.Exit) as caught, _user_errors():
+        raise Refusal
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().err == "fibecfed: column 'x': missing\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake of ours"), OSError("no file named"), RuntimeError("broken")])
+def test_a_mistake_of_ours_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, _user_errors():
+        raise error
+    assert caught.value is error
+
+
+def test_a_missing_file_and_a_diverged_loss_are_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (
+        FileNotFoundError(2, "No such file or directory", "data.csv"),
+        FloatingPointError("round 3: loss nan"),
+    ):
+        with pytest.raises(typer.Exit) as caught, _user_errors():
+            raise error
+        assert caught.value.exit_code == 2
+    assert capsys.readouterr().err == "fibecfed: data.csv: No such file or directory\nfibecfed: round 3: loss nan\n"
+
+
+@pytest.mark.parametrize("rounds", [None, 1])
+def test_an_interrupted_run_exits_with_130_and_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int | None
+) -> None:
+    def interrupted(config: RunConfig, *, observer: Observer) -> None:
+        if rounds is not None:
+            observer.on_start(config, config.train.rounds, {"path": str(tmp_path / "demo")})
+            observer.on_round(run_record((0.6,)).rounds[0])
+        raise KeyboardInterrupt
+
+    simulation = ModuleType("fibecfed.simulation")
+    simulation.run = interrupted  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fibecfed.simulation", simulation)
+    code, _, err = call("run")
+    kept = "nothing was written" if rounds is None else f"{tmp_path / 'demo'} keeps 1 of 12 rounds"
+    assert (code, err) == (130, f"interrupted: {kept}\n")
+
+
+def test_a_run_prints_its_rounds_its_summary_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = replace(run_record((0.6, 0.8)), path=tmp_path / "demo")
+
+    def done(config: RunConfig, *, observer: Observer) -> object:
+        assert config.seed == 7
+        observer.on_round(record.rounds[0])
+        return record
+
+    simulation = ModuleType("fibecfed.simulation")
+    simulation.run = done  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fibecfed.simulation", simulation)
+    code, out, err = call("run", "--set", "seed=7")
+    assert (code, err) == (0, "")
+    assert "loss 0.7000" in out
+    assert "80.0 %, best 80.0 %, majority class 58.0 %" in out
+    assert out.endswith(f"{tmp_path / 'demo'}: record, plots and adapter\n")
+
+
+def test_a_report_shows_tables_and_writes_plots_into_the_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "trial", run_record((0.6, 0.8)))
+    code, out, err = call("report", folder)
+    assert (code, err) == (0, "")
+    assert "80.0 %, best 80.0 %" in out
+    assert {path.name for path in folder.glob("*.png")} == {"accuracy.png", "sensitivity.png", "scores.png"}
+
+
+def test_a_report_without_plots_writes_nothing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "trial", run_record((0.6, 0.8)))
+    assert call("report", folder, "--no-plots")[0] == 0
+    assert list(folder.glob("*.png")) == []
+
+
+def test_a_report_of_an_interrupted_run_says_what_is_missing(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "trial", run_record((0.6, 0.8), end=False))
+    path = folder / "record.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    code, out, _ = call("report", folder, "--no-plots", width=300)
+    assert code == 0
+    assert f"note: {path} line 3 is cut off or damaged and was left out" in out
+    assert "interrupted after 1 of 2 rounds" in out
+
+
+def test_a_report_of_several_runs_compares_them_at_the_target_asked_for(tmp_path: Path) -> None:
+    fast = write_run(tmp_path / "fast", run_record((0.7, 0.8)))
+    slow = write_run(tmp_path / "slow", run_record((0.6, 0.7), "seed=7"))
+    code, out, _ = call("report", fast, slow, "--target", "0.75", "--out", tmp_path)
+    assert code == 0
+    assert "to 75.0 % global accuracy" in out
+    assert "never" in out
+    assert "seed" in out
+    assert (tmp_path / "compare.png").is_file()
+    assert list(fast.glob("*.png")) == []
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores.parquet"])
+def test_written_scores_read_back(tmp_path: Path, name: str) -> None:
+    write_scores(tmp_path / name, COLUMNS)
+    if name.endswith(".csv"):
+        with (tmp_path / name).open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        read = {key: [type(COLUMNS[key][0])(row[key]) for row in rows] for key in COLUMNS}
+    else:
+        from datasets import Dataset
+
+        read = Dataset.from_parquet(str(tmp_path / name), cache_dir=str(tmp_path / "cache")).to_dict()
+    assert read == COLUMNS
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores.parquet"])
+def test_scores_are_written_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("of before")
+    with pytest.raises(Exception, match=r"length|shorter"):
+        write_scores(tmp_path / name, {**COLUMNS, "rank": [0]})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of before"
+
+
+def test_scores_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"scores.json: wanted a file that ends in .parquet or .csv"):
+        write_scores(tmp_path / "scores.json", COLUMNS)
+
+
+def test_the_doctor_names_the_body_that_every_op_runs_here() -> None:
+    found = {(body.op, body.device): body for body in doctor.bodies()}
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    assert set(found) == {(op, kind) for op in SCHEMAS for kind in kinds}
+    for (op, kind), body in found.items():
+        runs = torch._C._dispatch_has_kernel_for_dispatch_key(f"fibecfed::{op}", kind.upper())
+        assert body.body == (backend(kind) if runs else "none")
+        assert body.why
+
+
+def test_the_doctor_sees_an_op_that_the_built_extension_lacks() -> None:
+    x = torch.ones(1, 2, 3)
+    body = next(body for body in doctor.bodies() if (body.op, body.device) == ("fisher_diag", "cpu"))
+    try:
+        torch.ops.fibecfed.fisher_diag(x, x, None, False)
+    except NotImplementedError:
+        assert body.body == "none"
+    else:
+        assert body.body in ("cpp", "reference")
+
+
+def test_the_doctor_shows_versions_devices_ops_and_demo_packages() -> None:
+    code, out, err = call("doctor", width=120)
+    assert code == int(any(body.body == "none" for body in doctor.bodies()))
+    assert err == ""
+    assert all(word in out for word in (*doctor.PACKAGES, *SCHEMAS, *doctor.DEMO_PACKAGES))
+    assert torch.__version__ in out
+    assert torch.backends.cpu.get_cpu_capability() in out
+
+
+def test_the_doctor_says_how_to_get_a_missing_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DEMO_PACKAGES", {"no-such-package-here": "the demo's data"})
+    console = Console(file=StringIO(), width=100)
+    doctor.print_doctor(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "missing" in text
+    assert "pip install --no-deps no-such-package-here" in text
