@@ -131,7 +131,7 @@ def test_lines_of_a_description_fit_a_screen() -> None:
         ("data.text=1\nseed=3", "data.text", "1\nseed=3"),
         ("partition.size_alpha=none", "partition.size_alpha", None),
         ("gal.count=none", "gal.count", None),
-        ("gal.count=3", "gal.count", 3),
+        ("gal.fraction=0.3", "gal.fraction", 0.3),
         ("gal.norm=inf", "gal.norm", "inf"),
         ("curriculum.pacing=none", "curriculum.pacing", "none"),
         ("curriculum.start=1", "curriculum.start", 1.0),
@@ -233,7 +233,7 @@ def test_settings_that_exclude_one_another_are_both_named(overrides: tuple[str, 
 
 def test_each_of_two_settings_that_exclude_one_another_is_fine_alone() -> None:
     # the demo knows by itself whose sample it is
-    for override in ("gal.count=2", "gal.fraction=0.5", "partition.scheme=key", "partition.devices=5"):
+    for override in ("gal.count=2", "gal.fraction=0.25", "partition.scheme=key", "partition.devices=5"):
         assert load_config(None, [override]) != RunConfig()
 
 
@@ -299,3 +299,12 @@ def test_a_configuration_is_frozen() -> None:
 )
 def test_a_run_is_named_after_data_and_model(overrides: tuple[str, ...], name: str) -> None:
     assert load_config(None, overrides).run_name == name
+
+
+def test_a_count_of_layers_is_meant_instead_of_the_default_fraction(tmp_path: Path) -> None:
+    config = load_config(None, ["gal.count=2"])
+    assert (config.gal.count, config.gal.fraction) == (2, None)
+    (tmp_path / "job.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "job.toml") == config
+    by_rule = load_config(None, ["gal.fraction=none"])
+    assert (by_rule.gal.count, by_rule.gal.fraction) == (None, None)
