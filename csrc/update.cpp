@@ -1,12 +1,13 @@
 // CPU bodies of masked_adamw_ and masked_sgd_.
 //
-// A thread takes a few lines of `layout` at a time and, in each, runs of neighbouring active rows with the same step count.
-// Of an inactive row nothing but its mask byte is touched. A value's result does not depend on the run that it is in.
+// A thread takes a few lines of `layout` at a time and, in each, runs of consecutive values that make the same step. Of an
+// inactive row nothing but its mask byte is touched. A value's result does not depend on the run that it is in.
 #include "common.h"
 #include "simd.h"
 
 #include <array>
 #include <cmath>
+#include <cstring>
 
 namespace {
 
@@ -14,6 +15,8 @@ using fibecfed::ScalarType;
 using fibecfed::Tensor;
 
 constexpr int64_t kLinesPerTask = 16;
+constexpr int64_t kRows = 64;  // looked at together
+constexpr int64_t kAhead = 8;
 
 struct AdamW {
   float decay, lerp_weight, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size;
@@ -64,36 +67,81 @@ Rows rows_of(const Tensor& data, const Tensor& steps, const Tensor& mask, const 
   return rows;
 }
 
-// Counts up the active rows' steps and calls values(step, offset, count) for every run of them, on several threads.
+struct Run {
+  int64_t offset, count;  // values
+  int32_t step;
+};
+
+int64_t count_active(const bool* mask, int64_t rows) {
+  int64_t count = 0, row = 0;
+  for (; row + 8 <= rows; row += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, mask + row, 8);
+    count += static_cast<int64_t>(eight * 0x0101010101010101u >> 56);  // the sum of the bytes, each 0 or 1
+  }
+  for (; row < rows; ++row) count += mask[row];
+  return count;
+}
+
+// Counts up the steps of the active rows among [first, first + rows), at most kRows, and appends what to update. A mask is
+// hard to foresee, so there is no branch on a single row.
+int64_t find_runs(const Rows& r, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs, int64_t found) {
+  const bool* const mask = r.mask + first;
+  int32_t* const steps = r.steps + first;
+  const int64_t active = count_active(mask, rows);
+  if (active == 0) return found;
+  if (active == rows) {
+    bool same = true;
+    for (int64_t i = 0; i < rows; ++i) same &= steps[i] == steps[0];
+    if (same) {
+      for (int64_t i = 0; i < rows; ++i) ++steps[i];
+      runs[found++] = {offset, rows * length, steps[0]};
+      return found;
+    }
+  }
+  const int64_t end = found + active;
+  for (int64_t i = 0, at = found; i < rows; ++i) {
+    runs[at] = {offset + i * length, length, static_cast<int32_t>(i)};
+    at += mask[i];
+  }
+  for (; found < end; ++found) runs[found].step = ++steps[runs[found].step];
+  return end;
+}
+
+// Calls update(runs, number of runs) for all active rows, on several threads.
 template <class Update>
 void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& update) {
   int64_t active = 0;
   for (const int64_t* at = r.layout; at != r.layout + 4 * r.lines; at += 4) {
-    int64_t rows = 0;
-    for (int64_t row = at[1]; row < at[1] + at[2]; ++row) rows += r.mask[row];
-    active += rows * at[3];
+    active += count_active(r.mask + at[1], at[2]) * at[3];
   }
   const int64_t tasks = (r.lines + kLinesPerTask - 1) / kLinesPerTask;
   fibecfed::parallel_tasks(tasks, active * bytes_per_value, [&](const auto& next) {
-    auto run = update;  // a copy for this thread: it remembers the constants of the steps it met
+    auto own = update;  // a copy for this thread: it remembers the constants of the steps it met
+    std::array<Run, 2 * kRows + 1> runs;  // one more: find_runs writes before it knows whether a row is active
     for (int64_t task = next(); task >= 0; task = next()) {
+      int64_t found = 0;
       const int64_t last_line = std::min(r.lines, (task + 1) * kLinesPerTask);
       for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
         const int64_t* const at = r.layout + 4 * line;
-        const int64_t offset = at[0], end = at[1] + at[2], length = at[3];
-        for (int64_t row = at[1]; row < end;) {
-          if (!r.mask[row]) {
-            ++row;
-            continue;
+        for (int64_t row = 0; row < at[2]; row += kRows) {
+          found = find_runs(
+              r, at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3], runs.data(), found);
+          if (found > kRows) {
+            own(runs.data(), found);
+            found = 0;
           }
-          const int64_t first = row;
-          const int32_t step = ++r.steps[row++];
-          while (row < end && r.mask[row] && r.steps[row] + 1 == step) ++r.steps[row++];
-          run(step, offset + (first - at[1]) * length, (row - first) * length);
         }
       }
+      own(runs.data(), found);
     }
   });
+}
+
+// A run's first values, asked for while earlier runs are updated; long runs are foreseen by the processor itself.
+template <class... Buffers>
+inline void prefetch(int64_t offset, const Buffers*... buffers) {
+  (__builtin_prefetch(buffers + offset, 1), ...);
 }
 
 void masked_adamw_(
@@ -121,19 +169,22 @@ void masked_adamw_(
     int32_t step = 0;
     float sqrt_correction2 = 0.0f, minus_step_size = 0.0f;
   };
-  for_active_runs(
-      rows, 28,
-      [=, met = std::array<Correction, 16>{}](int32_t step, int64_t offset, int64_t count) mutable {
-        Correction& of = met[step & 15];
-        if (of.step != step) {
-          of.step = step;
-          of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, step), 0.5));
-          of.minus_step_size = static_cast<float>(-(lr / (1 - std::pow(beta1, step))));
-        }
-        constants.sqrt_correction2 = of.sqrt_correction2;
-        constants.minus_step_size = of.minus_step_size;
-        kernel(count, constants, p + offset, g + offset, m + offset, v + offset);
-      });
+  for_active_runs(rows, 28, [=, met = std::array<Correction, 16>{}](const Run* runs, int64_t found) mutable {
+    for (int64_t i = 0; i < found; ++i) {
+      if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g, m, v);
+      const int32_t step = runs[i].step;
+      Correction& of = met[step & 15];
+      if (of.step != step) {
+        of.step = step;
+        of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, step), 0.5));
+        of.minus_step_size = static_cast<float>(-(lr / (1 - std::pow(beta1, step))));
+      }
+      constants.sqrt_correction2 = of.sqrt_correction2;
+      constants.minus_step_size = of.minus_step_size;
+      const int64_t offset = runs[i].offset;
+      kernel(runs[i].count, constants, p + offset, g + offset, m + offset, v + offset);
+    }
+  });
 }
 
 void masked_sgd_(
@@ -148,8 +199,12 @@ void masked_sgd_(
   const Sgd constants{
       static_cast<float>(-lr), static_cast<float>(momentum), static_cast<float>(1 - dampening),
       static_cast<float>(weight_decay), nesterov, momentum != 0};
-  for_active_runs(rows, b == nullptr ? 12 : 20, [=](int32_t step, int64_t offset, int64_t count) {
-    kernel(count, constants, step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
+  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Run* runs, int64_t found) {
+    for (int64_t i = 0; i < found; ++i) {
+      if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g);
+      const int64_t offset = runs[i].offset;
+      kernel(runs[i].count, constants, runs[i].step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
+    }
   });
 }
 

@@ -134,13 +134,10 @@ def _check_common(
         "layout": (layout, torch.int64, (layout.shape[0] if layout.dim() else 0, 4)),
     }
     for name, (tensor, dtype, shape) in wanted.items():
-        what = (
-            f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, wanted {dtype} {shape} on {data.device}"
-        )
-        if tensor.dtype != dtype:
-            raise TypeError(what)
-        if tuple(tensor.shape) != shape or tensor.device != data.device:
-            raise ValueError(what)
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != data.device:
+            error = TypeError if tensor.dtype != dtype else ValueError
+            given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise error(f"{name}: {given}, wanted {dtype} {shape} on {data.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: strides {tensor.stride()}, wanted a contiguous tensor")
     _check_layout(data, mask, layout)
