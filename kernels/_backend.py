@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Literal, cast
 
@@ -67,4 +67,23 @@ def body_for(tensor: torch.Tensor) -> Backend:
     chosen = backend(tensor.device)
     if chosen == "cpp" and tensor.device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' was forced, but the tensors are on {tensor.device}")
+    if chosen == "triton" and tensor.device.type != "cuda" and not interpreting():
+        raise RuntimeError(
+            f"backend 'triton' was forced, but the tensors are on {tensor.device}; wanted cuda, or Triton's "
+            "interpreter (TRITON_INTERPRET=1 before Triton is imported)"
+        )
     return cast(Backend, chosen)
+
+
+def interpreting() -> bool:
+    """Triton runs its kernels in Python, on tensors of any device: slow, for tests."""
+    from triton import knobs  # not at the top: importing Triton costs time that CPU users need not pay
+
+    return bool(knobs.runtime.interpret)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current CUDA device: make it the tensor's."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return cast(AbstractContextManager[None], torch.cuda.device(tensor.device))

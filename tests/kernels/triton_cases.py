@@ -1,0 +1,276 @@
+"""The cases of the Triton bodies of fisher and update, as tests.
+
+They run twice: on CPU tensors in a process of Triton's interpreter (test_triton_interpreter.py), and on a GPU
+(test_gpu.py imports them). The name keeps pytest from collecting this file by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fibecfed_kernels import (
+    Entry,
+    FisherDiag,
+    fisher_diag,
+    lora_fisher_diag,
+    masked_adamw_,
+    masked_sgd_,
+    row_layout,
+    use_backend,
+)
+from fibecfed_kernels.update import reference
+from tests.kernels.oracle import assert_near, fisher_inputs, fisher_truth
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _triton_body(poisoned: None) -> Iterator[None]:
+    """Every op below runs its Triton body, and what it leaves unwritten is NaN."""
+    with use_backend("triton"):
+        yield
+
+
+def assert_true(found: FisherDiag, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None) -> None:
+    assert found.weight_grad is not None
+    for actual, truth in zip(found, fisher_truth(x, grad_y, cu_seqlens), strict=True):
+        assert_near(actual.cpu(), truth, "fisher")
+
+
+def lora_inputs(
+    samples: int, tokens: int, d_in: int, ranks: tuple[int, ...], d_outs: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    x, _ = fisher_inputs(samples, tokens, d_in, 1, dtype, device=DEVICE)
+    sizes = list(zip(ranks, d_outs, strict=True))
+    pairs = [fisher_inputs(samples, tokens, r, d, dtype, i + 1, DEVICE) for i, (r, d) in enumerate(sizes)]
+    grad_h = [fisher_inputs(samples, tokens, r, 1, dtype, i + 101, DEVICE)[0] for i, r in enumerate(ranks)]
+    return x, [h for h, _ in pairs], grad_h, [grad_y for _, grad_y in pairs]
+
+
+def equal(a: FisherDiag, b: FisherDiag) -> bool:
+    return all(torch.equal(one, two) for one, two in zip(a, b, strict=True) if one is not None and two is not None)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "d_in", "d_out", "dtype"),
+    [
+        (7, 63, 31, 384, BF16),
+        (7, 1, 384, 4, FP16),
+        (1, 257, 1000, 31, FP32),
+        (1, 1, 1, 1, BF16),
+        (2, 63, 384, 384, FP16),
+        (1, 63, 4096, 4, BF16),
+        (2, 3, 1, 4096, FP32),
+        (0, 63, 31, 12, FP32),
+        (2, 0, 31, 12, FP16),
+    ],
+)
+def test_fisher_diag_is_the_square_of_the_gradient_of_each_sample(
+    samples: int, tokens: int, d_in: int, d_out: int, dtype: torch.dtype
+) -> None:
+    x, grad_y = fisher_inputs(samples, tokens, d_in, d_out, dtype, device=DEVICE)
+    assert_true(fisher_diag(x, grad_y, weight_grad=True), x, grad_y)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "d_in", "ranks", "d_outs", "dtype"),
+    [
+        (7, 63, 384, (8,), (384,), BF16),
+        (9, 1, 31, (1,), (1,), FP16),
+        (1, 257, 1000, (4,), (31,), FP32),
+        (2, 63, 384, (12, 12, 8), (31, 384, 1), FP16),  # 32 rows
+        (2, 33, 31, (16, 1), (384, 31), FP32),  # 17 rows: one more than a tile of 16
+        (2, 63, 384, (64, 12), (31, 1000), BF16),  # 76 rows: two tiles of 64
+        (2, 17, 31, (64,), (384,), FP32),
+        (0, 63, 31, (8,), (12,), BF16),
+        (2, 0, 31, (8, 4), (12, 4), FP32),
+    ],
+)
+def test_lora_fisher_diag_is_that_of_both_matrices_of_every_module(
+    samples: int, tokens: int, d_in: int, ranks: tuple[int, ...], d_outs: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, h, grad_h, grad_y = lora_inputs(samples, tokens, d_in, ranks, d_outs, dtype)
+    for m, found in enumerate(lora_fisher_diag(x, h, grad_h, grad_y, weight_grad=True)):
+        assert_true(found.a, x, grad_h[m])
+        assert_true(found.b, h[m], grad_y[m])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_packed_samples_give_the_truth_and_the_bits_of_padded_ones(dtype: torch.dtype) -> None:
+    lengths = (63, 0, 1, 32, 0)
+    x, h, grad_h, grad_y = lora_inputs(5, 63, 200, (8,), (31,), dtype)
+    live = torch.arange(63, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    padded = [t * live[..., None] for t in (x, h[0], grad_h[0], grad_y[0])]
+    packed = [t[live] for t in padded]
+    cu_seqlens = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int()
+    found = lora_fisher_diag(*packed, cu_seqlens, weight_grad=True)
+    assert_true(found.a, packed[0], packed[2], cu_seqlens)
+    assert_true(found.b, packed[1], packed[3], cu_seqlens)
+    dense = lora_fisher_diag(*padded, weight_grad=True)
+    assert equal(found.a, dense.a)
+    assert equal(found.b, dense.b)
+
+
+def test_a_score_has_the_same_bits_alone_and_beside_any_neighbours() -> None:
+    inputs = lora_inputs(19, 40, 31, (8, 4), (12, 31), BF16)  # more samples than groups
+    x, *lists = inputs
+    together = lora_fisher_diag(x, *lists)
+    for n in (0, 8, 18):
+        alone = lora_fisher_diag(x[n : n + 1], *([t[n : n + 1] for t in ts] for ts in lists))
+        for whole, single in zip(together, alone, strict=True):
+            assert torch.equal(whole.a.scores[n : n + 1], single.a.scores)
+            assert torch.equal(whole.b.scores[n : n + 1], single.b.scores)
+    x = x.clone()
+    x[3] = float("nan")
+    poisoned = lora_fisher_diag(x, *lists)[0].a.scores
+    others = torch.arange(19, device=DEVICE) != 3
+    assert torch.equal(poisoned[others], together[0].a.scores[others])
+    assert poisoned[3].isnan()
+
+
+def test_the_same_input_gives_the_same_bits_with_and_without_the_gradient() -> None:
+    inputs = lora_inputs(9, 17, 31, (8, 4), (140, 12), FP32)
+    first, again, without = (lora_fisher_diag(*inputs, weight_grad=grad) for grad in (True, True, False))
+    for m in range(2):
+        assert equal(first[m].a, again[m].a)
+        assert equal(first[m].b, again[m].b)
+        assert without[m].a.weight_grad is None
+        assert equal(first[m].a, without[m].a)
+
+
+def test_strided_inputs_are_read_as_they_are_meant() -> None:
+    x, grad_y = fisher_inputs(2, 33, 62, 12, FP32, device=DEVICE)
+    found = fisher_diag(x[..., ::2], grad_y.transpose(0, 1).contiguous().transpose(0, 1), weight_grad=True)
+    assert_true(found, x[..., ::2], grad_y)
+
+
+SHAPES = ((8, 384), (384, 8), (1500,), (2, 4096), (), (31, 12))
+
+
+class State:
+    """A flat buffer of odd shapes with its moments, step counts and a mask; gradients of inactive rows are NaN."""
+
+    def __init__(self, share: float, line_numel: int = 1024) -> None:
+        entries, offset = [], 0
+        for i, shape in enumerate(SHAPES):
+            entries.append(Entry(f"p{i}", shape, offset, 0))
+            offset += entries[-1].numel
+        self.layout = row_layout(entries, DEVICE, line_numel)
+        rows = sum(entry.rows for entry in entries)
+        self.steps = torch.randint(0, 4, (rows,), dtype=torch.int32).to(DEVICE)
+        self.mask = (torch.rand(rows) < share).to(DEVICE)
+        self.mask[400:500] = False
+        self.data, self.m = torch.randn(offset).to(DEVICE), torch.randn(offset).to(DEVICE)
+        self.v = torch.rand(offset).to(DEVICE)
+        lengths = self.layout[:, 3].repeat_interleave(self.layout[:, 2])
+        self.active = self.mask.repeat_interleave(lengths)
+        self.grad = torch.where(self.active, torch.randn(offset).to(DEVICE), float("nan"))
+
+    def check(self, moved: dict[str, Tensor], truth: dict[str, Tensor], steps: Tensor) -> None:
+        """``moved``: buffers after the step; ``truth``: the same in float64 from the reference."""
+        assert torch.equal(steps, self.steps + self.mask)
+        for name, after in moved.items():
+            before = getattr(self, name)
+            assert torch.equal(after[~self.active], before[~self.active]), f"{name}: an inactive row moved"
+            assert_near(after[self.active].cpu(), truth[name][self.active].cpu(), "update")
+
+
+@pytest.mark.parametrize(
+    ("share", "line_numel", "betas", "decay"),
+    [
+        (0.5, 1024, (0.9, 0.999), 0.01),
+        (1.0, 1024, (0.0, 0.95), 0.0),
+        (0.1, 3000, (0.3, 0.9999999), 0.1),
+        (0.0, 1024, (0.9, 0.999), 0.01),
+    ],
+)
+def test_adamw_moves_active_rows_as_the_reference_and_leaves_the_others(
+    share: float, line_numel: int, betas: tuple[float, float], decay: float
+) -> None:
+    state = State(share, line_numel)
+    state.steps[:3] = torch.tensor([70_000, 200_000, 2**31 - 2], dtype=torch.int32)  # past both tables' first entries
+    moved = {name: getattr(state, name).clone() for name in ("data", "m", "v")}
+    steps = state.steps.clone()
+    masked_adamw_(
+        moved["data"], state.grad, moved["m"], moved["v"], steps, state.mask, state.layout,
+        lr=3e-3, betas=betas, weight_decay=decay,
+    )  # fmt: skip
+    truth = {name: getattr(state, name).double() for name in ("data", "m", "v")}
+    tensors = (truth["data"], state.grad.double(), truth["m"], truth["v"])
+    reference.masked_adamw_(*tensors, state.steps.clone(), state.mask, state.layout, 3e-3, *betas, 1e-8, decay)
+    state.check(moved, truth, steps)
+
+
+@pytest.mark.parametrize(
+    ("share", "momentum", "dampening", "decay", "nesterov"),
+    [
+        (0.5, 0.9, 0.3, 0.01, False),
+        (0.5, 0.9, 0.0, 0.01, True),
+        (0.5, 0.0, 0.0, 0.0, False),
+        (1.0, 0.5, 0.0, 0.0, False),
+    ],
+)
+def test_sgd_moves_active_rows_as_the_reference_and_leaves_the_others(
+    share: float, momentum: float, dampening: float, decay: float, nesterov: bool
+) -> None:
+    state = State(share)
+    fresh = (state.steps == 0).repeat_interleave(state.layout[:, 3].repeat_interleave(state.layout[:, 2]))
+    state.m[fresh & state.active] = float("nan")  # what a row's buffer holds before its first step must not matter
+    moved = {"data": state.data.clone(), "m": state.m.clone()}
+    steps = state.steps.clone()
+    masked_sgd_(
+        moved["data"], state.grad, moved["m"] if momentum else None, steps, state.mask, state.layout,
+        lr=0.1, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov,
+    )  # fmt: skip
+    truth = {"data": state.data.double(), "m": state.m.double()}
+    tensors = (truth["data"], state.grad.double(), truth["m"])
+    reference.masked_sgd_(
+        *tensors, state.steps.clone(), state.mask, state.layout, 0.1, momentum, dampening, decay, nesterov
+    )
+    if momentum:
+        state.check(moved, truth, steps)
+    else:
+        state.check({"data": moved["data"]}, truth, steps)
+        assert torch.equal(moved["m"].isnan(), state.m.isnan())
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99999, 0.9999999)])
+def test_a_step_of_adamw_is_within_two_ulp_of_the_reference_at_every_step_count(betas: tuple[float, float]) -> None:
+    counts = [0, 1, 2, 9, 164, 17_000, 65_534, 65_535, 65_536, 1_000_000, 2**31 - 2]
+    length = 100
+    layout = row_layout([Entry("p", (len(counts), length), 0, 0)], DEVICE)
+    steps = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    mask = torch.ones_like(steps, dtype=torch.bool)
+    # From zero, and with a moment of the gradient's sign, nothing cancels: every ulp of the step size is seen.
+    data = torch.zeros(len(counts) * length)
+    grad, m, v = (torch.rand(data.shape) + 0.1 for _ in range(3))
+    wanted = data.clone()
+    reference.masked_adamw_(
+        wanted, grad, m.clone(), v.clone(), steps.cpu().clone(), mask.cpu(), layout.cpu(), 3e-3, *betas, 1e-8, 0.0
+    )
+    data, grad, m, v = (t.to(DEVICE) for t in (data, grad, m, v))
+    masked_adamw_(data, grad, m, v, steps, mask, layout, lr=3e-3, betas=betas, weight_decay=0.0)
+    ulps = (data.cpu() - wanted).abs() / (torch.finfo(FP32).eps * wanted.abs())
+    assert ulps.max() <= 2, ulps.view(len(counts), length).amax(1)
+
+
+def test_adamw_with_all_rows_active_follows_torch_optim() -> None:
+    state = State(1.0)
+    state.mask[:] = True
+    state.steps.zero_()
+    parameter = torch.nn.Parameter(state.data.clone())
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, foreach=False)
+    m, v = torch.zeros_like(state.data), torch.zeros_like(state.data)
+    for _ in range(3):
+        parameter.grad = torch.randn(state.data.shape).to(DEVICE)
+        optimizer.step()
+        masked_adamw_(
+            state.data, parameter.grad, m, v, state.steps, state.mask, state.layout, lr=1e-2, weight_decay=0.1
+        )
+    assert_near(state.data.cpu(), parameter.detach().double().cpu(), "update")
+    assert (state.steps == 3).all()
