@@ -1,8 +1,8 @@
 """Adapters as safetensors messages: packed in one launch, read with nothing trusted, averaged as they arrive."""
 
-from .aggregate import aggregate
 from .errors import WireError
 from .format import Message
+from .mean import aggregate
 from .plan import WirePlan
 
 __all__ = ["Message", "WireError", "WirePlan", "aggregate"]

@@ -74,7 +74,7 @@ class WirePlan:
             NotFiniteError: a value is infinite or NaN. RangeError: a value is beyond the wire dtype's largest.
         """
         data = self._data(flat)
-        counts = [_count("round", round), _count("num_samples", num_samples)]
+        message = Message(_count("round", round), _count("num_samples", num_samples))
         if out is None:
             out = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
         elif out.dtype != torch.uint8 or out.shape != (self.nbytes,) or not out.is_contiguous() or not out.is_cpu:
@@ -90,7 +90,7 @@ class WirePlan:
         checksums, bad = digest(payload, self._ranges)
         if any(bad):
             self._refuse_values(bad.index(True), data)
-        header = self._header.write(*counts, checksums)
+        header = self._header.write(message.round, message.num_samples, checksums)
         out[: self._header.nbytes] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         return out
 
@@ -153,7 +153,7 @@ class WirePlan:
         if len(raw) == self.nbytes and size == self._header.nbytes and (message := self._header.peek(start)):
             payload = raw[size:]
             checksums, bad = digest(payload, self._ranges)
-            if start == self._header.write(*message, checksums):
+            if start == self._header.write(message.round, message.num_samples, checksums):
                 return self._accepted(payload, message, bad, round)
         message, declared = self._header.read(raw[LENGTH_BYTES:size].numpy().tobytes(), len(raw) - size)
         payload = raw[size:]

@@ -6,6 +6,7 @@ import gc
 import json
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load as safetensors_load
 
 from fibecfed_kernels import Message, WirePlan, use_backend
+from fibecfed_kernels._backend import HAS_CPP
 
 from .wire_tools import DTYPES, SHAPES, Flat, Shapes, edited, join, make_flat, split, values_of
 
@@ -153,6 +155,20 @@ def test_int8_rows_of_tiny_values_are_zeros_and_never_exceed_127() -> None:
     assert tensors[name][3:].tolist() == [[127, -127, 64, -32, 0]] * 3
 
 
+@pytest.mark.parametrize("body", ["cpp", "reference"])
+def test_int8_rounds_ties_to_even(body: str) -> None:
+    if body == "cpp" and not HAS_CPP:
+        pytest.skip("the C++ extension was not built")
+    flat = make_flat(((0, (2, 8)),))
+    flat.data[:8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
+    flat.data[8:] = flat.data[:8] * -(2.0**-70)
+    plan = WirePlan(flat, (0,), "int8")
+    with use_backend(body):
+        (values,) = (t for t in plan.unpack(plan.pack(flat, round=0, num_samples=0)).values() if t.dtype == torch.int8)
+    assert values[0].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
+    assert torch.equal(values[1], -values[0])
+
+
 def test_unpack_gives_views_and_only_bytes_are_copied() -> None:
     flat = make_flat()
     plan = WirePlan(flat, (0,))
@@ -182,10 +198,9 @@ def test_another_writers_header_of_the_same_meaning_is_read() -> None:
 
 def test_the_fingerprint_follows_everything_that_must_agree() -> None:
     flat = make_flat()
-    renamed = Flat(
-        flat.data, (flat.entries[0].__class__("other", *list(vars(flat.entries[0]).values())[1:]), *flat.entries[1:])
-    )
+    renamed = Flat(flat.data, (replace(flat.entries[0], name="other"), *flat.entries[1:]))
     reshaped = make_flat([(0, (31, 4)), *SHAPES[1:]])
+    renumbered = tuple(replace(e, layer=5 if e.layer == 0 else e.layer) for e in flat.entries)
     plans = [
         WirePlan(flat, (0,)),
         WirePlan(flat, (1,)),
@@ -193,6 +208,7 @@ def test_the_fingerprint_follows_everything_that_must_agree() -> None:
         WirePlan(flat, (0,), "int8"),
         WirePlan(renamed, (0,)),
         WirePlan(reshaped, (0,)),
+        WirePlan(Flat(flat.data, renumbered), (5,)),
         WirePlan(Flat(flat.data, flat.entries, {"model": "tiny", "adapter": "r=4 α=16"}), (0,)),
         WirePlan(Flat(flat.data, flat.entries, {}), (0,)),
     ]

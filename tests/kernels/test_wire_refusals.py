@@ -7,6 +7,7 @@ import re
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,7 +277,7 @@ def test_flat_buffers_that_do_not_fit_are_refused() -> None:
                 with pytest.raises(ValueError, match=field):
                     use(bad)
     with pytest.raises(ValueError, match="stands twice"):
-        WirePlan(Flat(flat.data, tuple(e.__class__("same", e.shape, e.offset, e.layer) for e in flat.entries)), ())
+        WirePlan(Flat(flat.data, tuple(replace(e, name="same") for e in flat.entries)), ())
     with pytest.raises(ValueError, match="must be contiguous"):
         WirePlan(Flat(flat.data, flat.entries[1:]), ())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fibecfed_kernels import WirePlan, aggregate, use_backend
+from fibecfed_kernels.wire.reference import SMALLEST_MAXIMUM
 from tests.kernels.wire_tools import DTYPES, make_flat
 
 
@@ -12,7 +13,10 @@ def check(dtype: str) -> None:
     """Packing, loading and averaging by the Triton bodies give the reference's bits; what they must not touch stays."""
     flat, other = make_flat(spread=0.5), make_flat(seed=1, spread=0.5)
     if dtype == "int8":
-        flat.data[:31] *= 1e-38  # below the smallest scale
+        flat.data[0], flat.data[1:31] = SMALLEST_MAXIMUM, 0.5 * SMALLEST_MAXIMUM  # the smallest row that is sent
+        flat.data[31], flat.data[32:62] = SMALLEST_MAXIMUM * (1 - 2.0**-24), 1e-37  # the largest that is not
+        flat.data[62:66] = torch.tensor([127.0, 0.5, 1.5, -2.5])  # ties, where no value of the row is larger
+        flat.data[66:93] = 0.0
     plan = WirePlan(flat, (0, 1), dtype)
     found = {}
     for backend in ("reference", "triton"):
