@@ -122,9 +122,11 @@ def test_nothing_is_changed_bit_by_bit(method: str) -> None:
     flat, loss, _ = quadratic(dtype=torch.float32)
     with torch.no_grad():
         flat.data[0], flat.data[1] = 1e-30, 3e7  # (p + s) − s would lose both
-        flat.grad.copy_(torch.randn(8))
+    v = torch.randn(6)
+    wanted = hvp(flat, loss, v, method=method)
+    flat.grad.copy_(1e6 * torch.randn(8))
     data, grad = flat.data.detach().clone(), flat.grad.clone()
-    hvp(flat, loss, torch.randn(6), method=method)
+    assert torch.equal(hvp(flat, loss, v, method=method), wanted)  # what was in .grad does not enter
     lipschitz(flat, loss, generator(), method=method)
     device_decision(flat, loss, generator=generator(), steps=3, method=method)
     assert torch.equal(flat.data, data)
