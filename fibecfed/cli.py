@@ -1,9 +1,9 @@
-"""The command line: run, score, report, doctor. What a user can put right is one line on stderr and exit code 2."""
+"""The command line: run, resume, score, report, doctor. What a user can put right is one line, exit code 2."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .config import RunConfig, describe_config, load_config
+from .record import Observer, RunRecord, read_record
 
 app = typer.Typer(
     name="fibecfed",
@@ -76,20 +77,21 @@ def run(
         if print_config:
             typer.echo(describe_config(config), nl=False)
             return
-        from .progress import RichObserver
-        from .report import print_report
         from .simulation import run as simulate
 
-        console = Console()
-        with RichObserver(console) as observer:
-            try:
-                record = simulate(config, observer=observer)
-            except KeyboardInterrupt:
-                _say_kept(observer.path, observer.rounds, config)
-                raise typer.Exit(130) from None
-        print_report(record, console)
-        if record.path is not None:
-            console.print(f"{record.path}: record, plots and adapter", markup=False, highlight=False, soft_wrap=True)
+        _follow(lambda observer: simulate(config, observer=observer))
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
+    """Go on with an interrupted run after its last finished round.
+
+    RUN_DIR is its folder. The result is what the run would have given without the interruption, times aside.
+    """
+    with _user_errors():
+        from .simulation import resume as simulate
+
+        _follow(lambda observer: simulate(folder, observer=observer))
 
 
 @app.command()
@@ -145,7 +147,6 @@ def report(
     RUN_DIR is the folder of a run, with config.toml and record.jsonl.
     """
     with _user_errors():
-        from .record import read_record
         from .report import print_comparison, print_report, write_comparison, write_plots
 
         console = Console()
@@ -185,6 +186,28 @@ def _config(job: Path | None, settings: list[str] | None, short: dict[str, str |
     return load_config(job, [*(settings or []), *given])
 
 
+def _follow(simulate: Callable[[Observer], RunRecord]) -> None:
+    """Run, showing how far it is, then what came out; an interruption says what is kept."""
+    from .progress import RichObserver
+    from .report import print_report
+
+    console = Console()
+    with RichObserver(console) as observer:
+        try:
+            record = simulate(observer)
+        except KeyboardInterrupt:
+            kept = "nothing was written"
+            if observer.path is not None:
+                kept = f"{observer.path} keeps {observer.rounds} of {observer.total_rounds} rounds"
+            if observer.initialized:
+                kept += f", `fibecfed resume {observer.path}` goes on"
+            typer.echo(f"interrupted: {kept}", err=True)
+            raise typer.Exit(130) from None
+    print_report(record, console)
+    if record.path is not None:
+        console.print(f"{record.path}: record, plots and adapter", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     try:
@@ -208,11 +231,6 @@ def _user_errors() -> Iterator[None]:
 def _complain(message: str) -> None:
     typer.echo(f"fibecfed: {' '.join(message.split())}", err=True)
     raise typer.Exit(2)
-
-
-def _say_kept(path: Path | None, rounds: int, config: RunConfig) -> None:
-    kept = f"{path} keeps {rounds} of {config.train.rounds} rounds" if path is not None else "nothing was written"
-    typer.echo(f"interrupted: {kept}", err=True)
 
 
 def _samples_table(title: str, columns: dict[str, list[object]], chosen: list[int]) -> Table:

@@ -18,12 +18,13 @@ from .report import megabytes, number, percent, seconds
 class RichObserver:
     """An observer of :func:`fibecfed.run` for a terminal; a context manager, so that the bar always ends.
 
-    Where ``console`` is no terminal the bar is left out and the lines stay. ``path`` and ``rounds`` tell afterwards
-    which folder the run has and how many rounds are finished.
+    Where ``console`` is no terminal the bar is left out and the lines stay. ``path``, ``initialized``
+    and ``rounds`` tell afterwards which folder the run has and how far it came.
     """
 
     def __init__(self, console: Console) -> None:
         self.path: Path | None = None
+        self.initialized = False
         self.rounds = 0
         self.total_rounds = 0
         self._console = console
@@ -56,6 +57,7 @@ class RichObserver:
         self._progress.update(self._task, description=name, completed=done, total=total)
 
     def on_init(self, record: InitRecord) -> None:
+        self.initialized = True
         gal = ", ".join(map(str, record.gal))
         self._say(
             f"initialization {seconds(sum(record.seconds.values()))} s: layers {gal} travel, "

@@ -212,11 +212,11 @@ def _split(parts: Sequence[Mapping[str, float]]) -> str:
 
 
 def _why(lossless: Mapping[str, Any]) -> str:
-    if not lossless:
+    if "found" not in lossless:  # the rule was not asked
         return ""
     if not lossless.get("decides", True):
         return f" (number by gal; the lossless rule would say {lossless['count']})"
-    if lossless.get("found"):
+    if lossless["found"]:
         return " (number by the lossless rule)"
     return " (the lossless rule found no gap: number by gal.default_share)"
 

@@ -1,38 +1,22 @@
-"""The command line: help, settings, one-line errors, reports of hand-made runs, score files, the doctor."""
+"""The command line: help, settings, one-line errors, interruptions, reports of hand-made runs."""
 
 from __future__ import annotations
 
-import csv
 import importlib
 import sys
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import typer
-from rich.console import Console
 from typer.testing import CliRunner
 
-from fibecfed import doctor
 from fibecfed.cli import USER_ERRORS, _user_errors, app
-from fibecfed.config import ConfigError, RunConfig, load_config
+from fibecfed.config import RunConfig, load_config
 from fibecfed.record import Observer
-from fibecfed.scores import write_scores
-from fibecfed_kernels import backend
-from fibecfed_kernels._ops import SCHEMAS
 
 from .handmade import run_record, write_run
-
-COLUMNS = {
-    "index": [0, 1],
-    "text": ['a "quoted", text', "ü\nnew line"],
-    "label": ["0", "1"],
-    "score": [0.5, 0.25],
-    "rank": [1, 0],
-}
 
 
 def call(*arguments: str | Path, width: int = 100) -> tuple[int, str, str]:
@@ -48,8 +32,9 @@ def call(*arguments: str | Path, width: int = 100) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ((), ("run", "score", "report", "doctor")),
+        ((), ("run", "resume", "score", "report", "doctor")),
         (("run",), ("CONFIG.toml", "--set", "--name", "--data", "--model", "--device", "--print-config", "the demo")),
+        (("resume",), ("RUN_DIR", "last finished round")),
         (("score",), ("SCORES", ".parquet", ".csv", "--config", "--set", "--data", "--model", "--show")),
         (("report",), ("RUN_DIR", "--target", "--out", "--no-plots", "config.toml")),
         (("doctor",), ("body of every op",)),
@@ -100,6 +85,8 @@ def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
         (("score", "scores.txt"), "scores.txt: wanted a file that ends in .parquet or .csv"),
         (("score", "missing/scores.csv"), "missing/scores.csv: no such folder as missing"),
         (("score", "scores.csv", "--set", "seed=x"), "--set seed=x: seed = 'x': wanted a valid integer"),
+        (("resume", "missing"), "missing: no such folder, wanted the folder of a run"),
+        (("resume", "good"), "good: this run has ended, there is nothing to resume"),
         (("report", "missing"), "missing: no such folder, wanted the folder of a run"),
         (("report", "."), "config.toml: no such file, wanted the folder of a run"),
         (("report", "good", "missing"), "missing: no such folder"),
@@ -129,8 +116,10 @@ def test_every_error_of_a_user_is_a_value_error_and_ends_in_one_line(
     assert issubclass(kind, ValueError)
 
     class Refusal(kind):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            ValueError.__init__(self, "column 'x':\n missing")
+        def __init__(self) -> None: ...
+
+        def __str__(self) -> str:
+            return "column 'x':\n missing"
 
         def __str__(self) -> str:
             return str(self.args[0])
@@ -159,40 +148,57 @@ def test_a_missing_file_and_a_diverged_loss_are_said_in_one_line(capsys: pytest.
     assert capsys.readouterr().err == "fibecfed: data.csv: No such file or directory\nfibecfed: round 3: loss nan\n"
 
 
-@pytest.mark.parametrize("rounds", [None, 1])
-def test_an_interrupted_run_exits_with_130_and_says_what_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int | None
-) -> None:
+@pytest.fixture
+def simulation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An empty fibecfed.simulation, for what the command line makes of a run whatever happens in it."""
+    module = ModuleType("fibecfed.simulation")
+    monkeypatch.setitem(sys.modules, "fibecfed.simulation", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [
+        (0, "nothing was written"),
+        (1, "runs/demo keeps 0 of 12 rounds"),
+        (2, "runs/demo keeps 0 of 12 rounds, `fibecfed resume runs/demo` goes on"),
+        (3, "runs/demo keeps 1 of 12 rounds, `fibecfed resume runs/demo` goes on"),
+    ],
+)
+def test_an_interrupted_run_exits_with_130_and_says_what_is_kept(simulation: ModuleType, stage: int, kept: str) -> None:
+    record = run_record((0.6,))
+    assert record.init is not None
+
     def interrupted(config: RunConfig, *, observer: Observer) -> None:
-        if rounds is not None:
-            observer.on_start(config, config.train.rounds, {"path": str(tmp_path / "demo")})
-            observer.on_round(run_record((0.6,)).rounds[0])
+        steps = (
+            lambda: observer.on_start(config, config.train.rounds, {"path": "runs/demo"}),
+            lambda: observer.on_init(record.init),  # type: ignore[arg-type]
+            lambda: observer.on_round(record.rounds[0]),
+        )
+        for step in steps[:stage]:
+            step()
         raise KeyboardInterrupt
 
-    simulation = ModuleType("fibecfed.simulation")
     simulation.run = interrupted  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fibecfed.simulation", simulation)
     code, _, err = call("run")
-    kept = "nothing was written" if rounds is None else f"{tmp_path / 'demo'} keeps 1 of 12 rounds"
     assert (code, err) == (130, f"interrupted: {kept}\n")
 
 
-def test_a_run_prints_its_rounds_its_summary_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = replace(run_record((0.6, 0.8)), path=tmp_path / "demo")
+@pytest.mark.parametrize("command", [("run", "--set", "seed=7"), ("resume", "runs/demo")])
+def test_a_run_prints_its_rounds_its_summary_and_its_folder(simulation: ModuleType, command: tuple[str, ...]) -> None:
+    record = replace(run_record((0.6, 0.8), "seed=7"), path=Path("runs/demo"))
 
-    def done(config: RunConfig, *, observer: Observer) -> object:
-        assert config.seed == 7
+    def done(what: RunConfig | Path, *, observer: Observer) -> object:
+        assert what == (load_config(None, ["seed=7"]) if command[0] == "run" else Path("runs/demo"))
         observer.on_round(record.rounds[0])
         return record
 
-    simulation = ModuleType("fibecfed.simulation")
-    simulation.run = done  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fibecfed.simulation", simulation)
-    code, out, err = call("run", "--set", "seed=7")
+    setattr(simulation, command[0], done)
+    code, out, err = call(*command)
     assert (code, err) == (0, "")
     assert "loss 0.7000" in out
     assert "80.0 %, best 80.0 %, majority class 58.0 %" in out
-    assert out.endswith(f"{tmp_path / 'demo'}: record, plots and adapter\n")
+    assert out.endswith("runs/demo: record, plots and adapter\n")
 
 
 def test_a_report_shows_tables_and_writes_plots_into_the_run(tmp_path: Path) -> None:
@@ -229,70 +235,3 @@ def test_a_report_of_several_runs_compares_them_at_the_target_asked_for(tmp_path
     assert "seed" in out
     assert (tmp_path / "compare.png").is_file()
     assert list(fast.glob("*.png")) == []
-
-
-@pytest.mark.parametrize("name", ["scores.csv", "scores.parquet"])
-def test_written_scores_read_back(tmp_path: Path, name: str) -> None:
-    write_scores(tmp_path / name, COLUMNS)
-    if name.endswith(".csv"):
-        with (tmp_path / name).open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        read = {key: [type(COLUMNS[key][0])(row[key]) for row in rows] for key in COLUMNS}
-    else:
-        from datasets import Dataset
-
-        read = Dataset.from_parquet(str(tmp_path / name), cache_dir=str(tmp_path / "cache")).to_dict()
-    assert read == COLUMNS
-
-
-@pytest.mark.parametrize("name", ["scores.csv", "scores.parquet"])
-def test_scores_are_written_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("of before")
-    with pytest.raises(Exception, match=r"length|shorter"):
-        write_scores(tmp_path / name, {**COLUMNS, "rank": [0]})
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "of before"
-
-
-def test_scores_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"scores.json: wanted a file that ends in .parquet or .csv"):
-        write_scores(tmp_path / "scores.json", COLUMNS)
-
-
-def test_the_doctor_names_the_body_that_every_op_runs_here() -> None:
-    found = {(body.op, body.device): body for body in doctor.bodies()}
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    assert set(found) == {(op, kind) for op in SCHEMAS for kind in kinds}
-    for (op, kind), body in found.items():
-        runs = torch._C._dispatch_has_kernel_for_dispatch_key(f"fibecfed::{op}", kind.upper())
-        assert body.body == (backend(kind) if runs else "none")
-        assert body.why
-
-
-def test_the_doctor_sees_an_op_that_the_built_extension_lacks() -> None:
-    x = torch.ones(1, 2, 3)
-    body = next(body for body in doctor.bodies() if (body.op, body.device) == ("fisher_diag", "cpu"))
-    try:
-        torch.ops.fibecfed.fisher_diag(x, x, None, False)
-    except NotImplementedError:
-        assert body.body == "none"
-    else:
-        assert body.body in ("cpp", "reference")
-
-
-def test_the_doctor_shows_versions_devices_ops_and_demo_packages() -> None:
-    code, out, err = call("doctor", width=120)
-    assert code == int(any(body.body == "none" for body in doctor.bodies()))
-    assert err == ""
-    assert all(word in out for word in (*doctor.PACKAGES, *SCHEMAS, *doctor.DEMO_PACKAGES))
-    assert torch.__version__ in out
-    assert torch.backends.cpu.get_cpu_capability() in out
-
-
-def test_the_doctor_says_how_to_get_a_missing_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "DEMO_PACKAGES", {"no-such-package-here": "the demo's data"})
-    console = Console(file=StringIO(), width=100)
-    doctor.print_doctor(console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "missing" in text
-    assert "pip install --no-deps no-such-package-here" in text

@@ -28,7 +28,7 @@ CHANGED = (
     "partition.size_alpha=none",
     "train.betas=[0.8, 0.95]",
     "train.max_grad_norm=1.5",
-    "gal.fraction=0.25",
+    "gal.fraction=none",
     "gal.norm=inf",
     "wire.dtype=int8",
 )
@@ -131,12 +131,11 @@ def test_lines_of_a_description_fit_a_screen() -> None:
         ("data.text=1\nseed=3", "data.text", "1\nseed=3"),
         ("partition.size_alpha=none", "partition.size_alpha", None),
         ("gal.count=none", "gal.count", None),
-        ("gal.fraction=0.3", "gal.fraction", 0.3),
+        ("gal.fraction=none", "gal.fraction", None),
         ("gal.norm=inf", "gal.norm", "inf"),
         ("curriculum.pacing=none", "curriculum.pacing", "none"),
         ("curriculum.start=1", "curriculum.start", 1.0),
         ("curriculum.end=0", "curriculum.end", 0.0),
-        ("device=cuda:1", "device", "cuda:1"),
     ],
 )
 def test_an_override_sets_its_key_and_no_other(override: str, key: str, value: Any) -> None:
@@ -162,7 +161,6 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: 
         ("train.batchsize=4", "train.batch_size"),
         ("curriculum.pace=sqrt", "curriculum.pacing"),
         ("lanczos_steps=4", "gal.lanczos_steps"),
-        ("sed=4", "seed"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(override: str, nearest: str) -> None:
@@ -196,12 +194,10 @@ def test_an_unknown_key_like_no_other_is_named_alone() -> None:
         ("model.dropout=1.0", "less than 1"),
         ("model.targets=query", "list"),
         ("model.targets=[]", "at least 1"),
-        ("data.test_fraction=1.0", "less than 1"),
         ("curriculum.start=0.0", "greater than 0"),
         ("curriculum.end=1.1", "less than or equal to 1"),
         ("gal.norm=3", "'2' or 'inf'"),
         ("neurons.momentum=1.0", "less than 1"),
-        ("wire.dtype=float8", "'float32'"),
         ("name=a/b", "letters"),
         ("name=..", "letters"),
         ("device=gpu", '"cuda"'),
@@ -237,15 +233,22 @@ def test_each_of_two_settings_that_exclude_one_another_is_fine_alone() -> None:
         assert load_config(None, [override]) != RunConfig()
 
 
+def test_a_count_of_layers_stands_in_place_of_the_default_fraction(tmp_path: Path) -> None:
+    config = load_config(None, ["gal.count=2"])
+    assert (config.gal.count, config.gal.fraction) == (2, None)
+    (tmp_path / "job.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "job.toml") == config
+
+
 def test_a_norm_may_be_written_as_a_number_in_the_file(tmp_path: Path) -> None:
     for text, norm in (("2", "2"), ("2.0", "2"), ("inf", "inf"), ('"inf"', "inf")):
         (tmp_path / "job.toml").write_text(f"[gal]\nnorm = {text}\n")
         assert load_config(tmp_path / "job.toml").gal.norm == norm
 
 
-@pytest.mark.parametrize("override", ["train.lr", "=3", "train..lr=3", ".lr=3", "train.=3"])
-def test_an_override_of_no_key_or_no_value_is_refused(override: str) -> None:
-    assert error_of(override) == f"--set {override}: wanted section.key=value"
+def test_an_override_of_no_key_or_no_value_is_refused() -> None:
+    for override in ("train.lr", "=3", "train..lr=3", ".lr=3", "train.=3"):
+        assert error_of(override) == f"--set {override}: wanted section.key=value"
 
 
 def test_an_error_of_the_file_names_the_file_and_one_of_an_override_does_not(tmp_path: Path) -> None:

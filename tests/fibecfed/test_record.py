@@ -23,6 +23,7 @@ from fibecfed.record import (
     labels,
     new_run_dir,
     read_record,
+    rewrite_record,
     to_json,
     without_timings,
 )
@@ -156,6 +157,15 @@ def test_a_writer_goes_on_after_a_cut_line(tmp_path: Path) -> None:
             assert phase is not None
             writer.write(phase)
     assert read_record(folder) == replace(record, path=folder)
+
+
+def test_a_rewritten_record_holds_the_given_lines_alone(tmp_path: Path) -> None:
+    record = run_record((0.6, 0.7))
+    folder = write_run(tmp_path / "trial", record)
+    assert record.init is not None
+    rewrite_record(folder, [record.init, record.rounds[0]])
+    assert read_record(folder) == replace(record, rounds=record.rounds[:1], end=None, path=folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "record.jsonl"]
 
 
 def lines_of(*changed: tuple[int, str | None]) -> list[str]:

