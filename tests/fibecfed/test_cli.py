@@ -121,9 +121,6 @@ def test_every_error_of_a_user_is_a_value_error_and_ends_in_one_line(
         def __str__(self) -> str:
             return "column 'x':\n missing"
 
-        def __str__(self) -> str:
-            return str(self.args[0])
-
     with pytest.raises(typer.Exit) as caught, _user_errors():
         raise Refusal
     assert caught.value.exit_code == 2
