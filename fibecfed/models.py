@@ -112,15 +112,15 @@ def load_model(
         )
         tokenizer = _load(AutoTokenizer, name, location, **options)
         kind = _kind(name, base)
-        chosen, clash = _find_targets(name, base, targets)
+        chosen = _find_targets(name, base, targets)
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a factor
             lora_dropout=dropout,
             use_rslora=rslora,
+            fan_in_fan_out=_are_conv1d(base, chosen),
             target_modules=list(chosen),
-            exclude_modules=clash or None,
             modules_to_save=_head_modules(name, base, info),
         )
         with warnings.catch_warnings():  # PEFT asks for an attribute that transformers renamed; nothing a user could do
@@ -207,17 +207,24 @@ def _head_modules(name: str, base: Any, info: dict[str, Any]) -> list[str]:
     return heads + [pooler] * any(key.startswith(pooler) for key in fresh)
 
 
-def _find_targets(name: str, base: nn.Module, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the modules to adapt, and the paths of those of the same names in the head, which trains as a whole."""
-    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    body = [path for path in linear if path.startswith(f"{base.base_model_prefix}.")]
-    names = {path.rpartition(".")[2] for path in body}
+def _find_targets(name: str, base: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    body = base.get_submodule(str(base.base_model_prefix))
+    linear = {
+        path.rpartition(".")[2] for path, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     candidates = _TARGETS if wanted is None else (tuple(wanted),)
     for candidate in candidates:
-        if candidate and names.issuperset(candidate):
-            return candidate, [path for path in set(linear) - set(body) if path.rpartition(".")[2] in candidate]
+        if candidate and linear.issuperset(candidate):
+            return candidate
     looked_for = " or ".join("+".join(candidate) for candidate in candidates)
-    raise ModelError(f"{name}: no linear modules {looked_for}; give targets out of {', '.join(sorted(names))}")
+    raise ModelError(f"{name}: no linear modules {looked_for}; give targets out of {', '.join(sorted(linear))}")
+
+
+def _are_conv1d(base: nn.Module, targets: Sequence[str]) -> bool:
+    """Whether the targets store W as (d_in, d_out), as GPT-2's do."""
+    return any(
+        isinstance(module, Conv1D) for path, module in base.named_modules() if path.rpartition(".")[2] in targets
+    )
 
 
 def _prepare_padding(name: str, base: Any, tokenizer: Any) -> None:

@@ -8,7 +8,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import PreTrainedTokenizerFast
+
+from fibecfed.models import LoadedModel
 
 from .tiny import VOCAB, base
 
@@ -39,4 +42,20 @@ def checkpoint(folder: Path, kind: str, **options: bool) -> Path:
     model = base(kind)
     getattr(model, model.base_model_prefix).save_pretrained(folder)
     tokenizer(kind, **options).save_pretrained(folder)
+    return folder
+
+
+def trainable(loaded: LoadedModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
+
+
+def heads(loaded: LoadedModel) -> set[str]:
+    names = {name for name in trainable(loaded) if "lora_" not in name}
+    assert all(".modules_to_save.default." in name for name in names)
+    return {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in names}
+
+
+def saved(folder: Path, model: nn.Module, kind: str = "bert") -> Path:
+    model.save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
     return folder
