@@ -13,8 +13,7 @@ ALPHAS = [1e-320, 0.01, 1.0, 100.0, 1e300]
 
 
 def labels_of(counts: list[int], seed: int = 0) -> np.ndarray:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    return np.random.default_rng(seed).permutation(labels)
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
 def assert_each_once(parts: list[np.ndarray], total: int) -> None:
@@ -141,8 +140,7 @@ def test_drawn_class_shares_are_met_where_totals_allow() -> None:
     priors = rng.dirichlet([3.0, 3.0], size=3)
     counts = mixes(partition(labels, devices=3, scheme="label", alpha=3.0, size_alpha=1e6, seed=9), labels)
     np.testing.assert_allclose(counts.sum(axis=1), shares * 10000, atol=1)
-    odds = counts[:, 0] / counts[:, 1]
-    wanted = priors[:, 0] / priors[:, 1]
+    odds, wanted = (table[:, 0] / table[:, 1] for table in (counts, priors))
     np.testing.assert_allclose(odds / odds[0], wanted / wanted[0], rtol=0.01)
 
 
@@ -236,9 +234,9 @@ def test_sizes_hold_where_scaling_cannot_converge() -> None:
 
 
 def test_test_seeds_tell_splits_apart() -> None:
-    train, test = labels_of([60, 60]), labels_of([40, 40], seed=1)
-    parts = partition(train, devices=4, scheme="label", seed=0)
-    assert not same(split_like(train, parts, test, seed=0), split_like(train, parts, test, seed=1))
+    labels = labels_of([60, 60])
+    parts = partition(labels, devices=4, scheme="label", seed=0)
+    assert not same(split_like(labels, parts, labels, seed=0), split_like(labels, parts, labels, seed=1))
 
 
 def test_test_samples_follow_their_key() -> None:
