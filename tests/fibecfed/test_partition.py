@@ -1,4 +1,4 @@
-"""Partitions: every sample once, every device large enough, for any concentration and imbalance."""
+"""Partitions: every sample once, every device large enough, whatever the concentration and imbalance."""
 
 from __future__ import annotations
 
@@ -256,9 +256,7 @@ def test_a_device_whose_keys_have_no_test_sample_gets_one() -> None:
     train_keys = [0] * 10 + [1] * 10 + [2] * 10
     parts = [np.arange(10), np.arange(10, 20), np.arange(20, 30)]
     labels = np.zeros(30, dtype=int)
-    tests = split_like(
-        labels, parts, np.zeros(6, dtype=int), seed=0, train_keys=train_keys, test_keys=[0, 0, 0, 0, 1, 99]
-    )
+    tests = split_like(labels, parts, labels[:6], seed=0, train_keys=train_keys, test_keys=[0, 0, 0, 0, 1, 99])
     assert_each_once(tests, 6)
     assert [len(part) for part in tests] == [4, 1, 1]  # the one that nobody owns goes to the device without
     tests = split_like(labels, parts, np.zeros(4, dtype=int), seed=0, train_keys=train_keys, test_keys=[0, 0, 0, 0])
