@@ -113,6 +113,7 @@ class Client:
         order = self._order(device)
         chosen = curriculum.select(order, share, settings.batch_size)
         live = self.config.curriculum.live and self.needs_scores
+        lengths = self.train_set.lengths[device.train] if settings.group_by_length else None
         lowest = neurons.lowest_active_layer(mask, self._rows)
         optimizer = self._optimizer(mask.to(self.flat.data.device))
         total, samples = 0.0, 0
@@ -121,7 +122,7 @@ class Client:
             torch.manual_seed(torch_seed(seed, "dropout", round_, device.index))
             for epoch in range(settings.epochs):
                 shuffle = stream(seed, "shuffle", round_, device.index, epoch) if settings.shuffle else None
-                for part in curriculum.batches(chosen, settings.batch_size, shuffle):
+                for part in curriculum.batches(chosen, settings.batch_size, shuffle, lengths=lengths):
                     loss, fisher = self._step(optimizer, device.train[part], live)
                     total += loss * len(part)
                     samples += len(part)

@@ -115,17 +115,28 @@ def select(order: Tensor | ArrayLike, share: float, batch_size: int) -> Indices:
 
 
 def batches(
-    selection: Tensor | ArrayLike, batch_size: int, generator: np.random.Generator | None = None
+    selection: Tensor | ArrayLike,
+    batch_size: int,
+    generator: np.random.Generator | None = None,
+    *,
+    lengths: Tensor | ArrayLike | None = None,
 ) -> list[Indices]:
     """Cut a selection into batches of ``batch_size`` samples, the last one shorter: a list of int64 arrays.
 
-    With ``generator`` the samples are shuffled inside the selection first, without it they keep its order.
+    With ``generator`` the samples are shuffled inside the selection first, without it they keep its order. With
+    ``lengths`` (tokens of each sample, indexed as the selection is) too, samples of like length share a batch and the
+    batches come in random order: less padding, at the price of batches that are not independent of length [ours].
     """
     _check("batch_size", batch_size, batch_size >= 1, "batch_size ≥ 1")
     indices = _vector("selection", selection).astype(np.int64)
     if generator is not None:
         indices = generator.permutation(indices)
-    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        if lengths is not None:
+            indices = indices[np.argsort(_vector("lengths", lengths)[indices], kind="stable")]
+    cut = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    if generator is not None and lengths is not None:
+        cut = [cut[i] for i in generator.permutation(len(cut))]
+    return cut
 
 
 def batch_difficulty(scores: Tensor | ArrayLike, batches: Sequence[ArrayLike]) -> NDArray[np.float64]:

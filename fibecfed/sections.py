@@ -98,6 +98,9 @@ class Train(Section):
     betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), strict=False, description="of adamw")
     momentum: BelowOne = Field(default=0.0, description="of sgd")
     max_grad_norm: Annotated[Positive | None, OrNone] = Field(default=None, description="clip gradients to this norm")
+    group_by_length: bool = Field(
+        default=True, description="samples of like length share a batch: less padding (when shuffled)"
+    )
     shuffle: bool = Field(
         default=True, description="shuffle inside the curriculum's share; false: keep the order of difficulty"
     )

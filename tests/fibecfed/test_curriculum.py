@@ -202,3 +202,18 @@ def test_difficulty_of_a_batch_is_the_sum_over_its_samples() -> None:
     cut = batches(order(scores), 4)
     np.testing.assert_allclose(batch_difficulty(scores, cut), [0.5 + 1 + 1 + 2, 3 + 3])
     assert batch_difficulty(scores, []).shape == (0,)
+
+
+def test_batches_grouped_by_length_hold_every_sample_once_and_pad_less() -> None:
+    rng = np.random.default_rng(0)
+    lengths, selection = rng.integers(1, 64, 200), rng.permutation(200)[:90]
+
+    def padding(parts: list[np.ndarray]) -> int:
+        return sum(int(lengths[part].max()) * len(part) for part in parts)
+
+    grouped = batches(selection, 16, np.random.default_rng(1), lengths=lengths)
+    assert sorted(np.concatenate(grouped)) == sorted(selection)
+    assert padding(grouped) < 0.8 * padding(batches(selection, 16, np.random.default_rng(1)))
+    assert [len(part) for part in batches(selection, 16, lengths=lengths)] == [16] * 5 + [10]
+    same = batches(selection, 16, np.random.default_rng(1), lengths=lengths)
+    assert all(np.array_equal(one, two) for one, two in zip(grouped, same, strict=True))
