@@ -6,6 +6,7 @@ compilation: what is compiled is what a launch would compile. cuobjdump then rea
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ TARGETS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may take
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 RANKS = {16: (8,), 32: (8, 8, 8), 64: (64,)}  # one LoRA call for each row of the table
+BATCHES = ((2, 4), (9, 1), (1, 16))  # samples, tokens: none of them may need a compilation of its own
 
 
 def run_everything() -> None:
@@ -30,14 +32,15 @@ def run_everything() -> None:
     from fibecfed_kernels.fisher import triton as fisher
     from fibecfed_kernels.update import triton as update
 
-    cu_seqlens = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-    for (itemsize, rows), _ in _launch.FISHER_TILES.items():
-        dtype = DTYPES[itemsize]
-        for d_in, d_out in ((4096, rows), (rows, 4096)):
-            fisher.fisher_diag(torch.empty(2, 4, d_in, dtype=dtype), torch.empty(2, 4, d_out, dtype=dtype), None, True)
-        thin = [torch.empty(8, rank, dtype=dtype) for rank in RANKS[rows]]
-        wide = [torch.empty(8, 4096, dtype=dtype) for _ in thin]
-        fisher.lora_fisher_diag(wide[0], thin, thin, wide, cu_seqlens, True)
+    for itemsize, rows in _launch.FISHER_TILES:
+        for samples, tokens in BATCHES:
+            new = functools.partial(torch.empty, samples, tokens, dtype=DTYPES[itemsize])
+            fisher.fisher_diag(new(4096), new(rows), None, True)
+            fisher.fisher_diag(new(rows), new(4096), None, True)
+            cu_seqlens = torch.arange(samples + 1, dtype=torch.int32) * tokens
+            wide = [new(4096).flatten(0, 1) for _ in RANKS[rows]]
+            thin = [new(rank).flatten(0, 1) for rank in RANKS[rows]]
+            fisher.lora_fisher_diag(wide[0], thin, thin, wide, cu_seqlens, True)
     one = torch.empty(1, 1, 1, dtype=torch.float16)
     fisher.fisher_diag(one, one, None, False)
     fisher.lora_fisher_diag(one, [one], [one], [one], None, False)
@@ -50,8 +53,8 @@ def run_everything() -> None:
     update.masked_sgd_(*values[:3], steps, mask, layout, 0.1, 0.0, 0.0, 0.0, False)
 
 
-def compile_all(target: int, folder: Path) -> list[dict[str, Any]]:
-    """Registers, stack and shared memory of every kernel that run_everything() would launch on ``target``."""
+def compile_all(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By target: registers, stack and shared memory of every kernel that run_everything() would launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -60,19 +63,18 @@ def compile_all(target: int, folder: Path) -> list[dict[str, Any]]:
     class CompileOnly(DriverBase):
         is_active = get_active_torch_device = get_benchmarker = map_python_to_cpp_type = staticmethod(lambda *_: None)
 
-        def __init__(self) -> None:
-            pass
+        def __init__(self, target: int) -> None:
+            self.target = target
 
         def get_current_device(self) -> int:
-            return 0
+            return self.target  # compiled kernels are kept by device
 
         def get_current_stream(self, device: int) -> int:
             return 0
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", target, 32)
+            return GPUTarget("cuda", self.target, 32)
 
-    triton.runtime.driver.set_active(CompileOnly())
     compiled: dict[str, Any] = {}
     run = JITFunction.run
 
@@ -81,35 +83,52 @@ def compile_all(target: int, folder: Path) -> list[dict[str, Any]]:
         compiled[kernel.hash] = kernel
 
     JITFunction.run = compile_only
-    run_everything()
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = []
-    for number, kernel in enumerate(compiled.values()):
-        cubin = folder / f"{number}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        text = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-        usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
-        found.append({"kernel": kernel.metadata.name, "shared": kernel.metadata.shared, **usage})
+    found: dict[int, list[dict[str, Any]]] = {}
+    for target in TARGETS:
+        compiled.clear()
+        triton.runtime.driver.set_active(CompileOnly(target))
+        run_everything()
+        found[target] = []
+        for kernel in compiled.values():
+            cubin = folder / f"{kernel.hash}.cubin"
+            cubin.write_bytes(kernel.asm["cubin"])
+            text = subprocess.run(
+                [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+            )
+            usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+            found[target].append({"kernel": kernel.metadata.name, "shared": kernel.metadata.shared, **usage})
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_and_table_row_compiles_without_spills(target: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def usage_by_target(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("cubins")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    process = subprocess.run(
-        [sys.executable, __file__, str(target), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, __file__, str(folder)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-4000:]
-    found = json.loads(process.stdout.splitlines()[-1])
-    names = {usage["kernel"] for usage in found}
-    assert names == {"fisher_kernel", "finish_kernel", "adamw_kernel", "sgd_kernel"}
-    assert sum(usage["kernel"] == "fisher_kernel" for usage in found) >= 3 * len(_launch.FISHER_TILES)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_and_table_row_compiles_without_spills(
+    target: int, usage_by_target: dict[str, list[dict[str, Any]]]
+) -> None:
+    found = usage_by_target[str(target)]
+    assert {usage["kernel"] for usage in found} == {"fisher_kernel", "finish_kernel", "adamw_kernel", "sgd_kernel"}
     for usage in found:
         assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
         assert usage["shared"] <= SHARED_MEMORY[target], f"more shared memory than a program may take: {usage}"
 
 
+def test_a_new_batch_shape_compiles_nothing(usage_by_target: dict[str, list[dict[str, Any]]]) -> None:
+    for found in usage_by_target.values():
+        kernels = [usage["kernel"] for usage in found]
+        assert kernels.count("fisher_kernel") == 3 * len(_launch.FISHER_TILES) + 2
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(compile_all(int(sys.argv[1]), Path(sys.argv[2]))))
+    print(json.dumps(compile_all(Path(sys.argv[1]))))
