@@ -1,0 +1,74 @@
+"""Arguments that a WirePlan cannot take: each refused by its name, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fibecfed_kernels import WirePlan
+
+from .wire_tools import Flat, make_flat
+
+SMALL = ((0, (2, 3)), (1, (4, 2)), (None, (2,)))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (ValueError, "layers: no block 7", {"layers": (0, 7)}),
+        (ValueError, "layers: no block -1", {"layers": (-1,)}),
+        (ValueError, "each block once", {"layers": (0, 0)}),
+        (TypeError, "block indices", {"layers": (True,)}),
+        (TypeError, "float", {"layers": (0.0,)}),
+        (TypeError, "int", {"layers": 0}),
+        (ValueError, "dtype: 'float64' is unknown", {"dtype": "float64"}),
+        (ValueError, "dtype: torch.int8 is unknown", {"dtype": torch.int8}),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(error: type[Exception], match: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=match):
+        WirePlan(make_flat(SMALL), **{"layers": (0,), **arguments})
+
+
+def test_flat_buffers_that_do_not_fit_are_refused() -> None:
+    flat, other = make_flat(SMALL), make_flat(SMALL[:2])
+    plan = WirePlan(flat, (0,))
+    message = plan.pack(flat, round=0, num_samples=0)
+    wrong = {
+        "flat.data": [other, Flat(flat.data.double(), flat.entries), Flat(flat.data.repeat(2)[::2], flat.entries)],
+        "flat.entries": [Flat(flat.data, make_flat(((1, (2, 3)), *SMALL[1:])).entries)],
+        "flat.identity": [Flat(flat.data, flat.entries, {"model": "another"})],
+    }
+    for field, flats in wrong.items():
+        for bad in flats:
+            for use in (lambda f: plan.pack(f, round=0, num_samples=0), lambda f: plan.load(message, f), plan.gather):
+                with pytest.raises(ValueError, match=field):
+                    use(bad)
+    with pytest.raises(ValueError, match="stands twice"):
+        WirePlan(Flat(flat.data, tuple(replace(e, name="same") for e in flat.entries)), ())
+    with pytest.raises(ValueError, match="must be contiguous"):
+        WirePlan(Flat(flat.data, flat.entries[1:]), ())
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    flat = make_flat(SMALL)
+    plan = WirePlan(flat, (0,))
+    for field, value in (("round", -1), ("round", 10**16), ("num_samples", -1)):
+        with pytest.raises(ValueError, match=f"^{field}: "):
+            plan.pack(flat, **{"round": 0, "num_samples": 0, field: value})
+    for value in (True, 1.5, "1", None):
+        with pytest.raises(TypeError):
+            plan.pack(flat, round=value, num_samples=0)
+    whole = torch.zeros(2 * plan.nbytes + 8, dtype=torch.uint8)
+    for out in (whole, whole[: 2 * plan.nbytes : 2], whole[1 : plan.nbytes + 1], torch.zeros(plan.nbytes)):
+        with pytest.raises(ValueError, match=r"^out: "):
+            plan.pack(flat, round=0, num_samples=0, out=out)
+    for buffer in ("text", 5, None, torch.zeros(9), torch.zeros(3, 3, dtype=torch.uint8)):
+        with pytest.raises(TypeError, match=r"^buffer: "):
+            plan.read(buffer)
+    for values in (torch.zeros(plan.numel + 1), torch.zeros(plan.numel, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"^values: "):
+            plan.scatter_(values, flat)
