@@ -8,25 +8,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "wire_checks.h"
 #include "wire_convert.h"
-#include "wire_crc.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kBytesPerThread = 1 << 20;  // less than this is done sooner than a second thread wakes
-constexpr int64_t kDigestChunk = 6 << 10;     // stays in the first cache between the checksum and the search for inf
+using wire::check_flat;
+using wire::kBytesPerThread;
 
 struct Line {
   int64_t data, value, row, rows, length;
   int64_t numel() const { return rows * length; }
 };
-
-void check_flat(const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, ": wrong dtype or not contiguous");
-}
 
 // Every line inside [0, numel) of all buffers: the loops below write through raw pointers.
 const Line* check_table(const Tensor& table, const Tensor& values, const Tensor& scales, int64_t data_numel) {
@@ -36,7 +31,9 @@ const Line* check_table(const Tensor& table, const Tensor& values, const Tensor&
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == 5, "table: wanted (lines, 5)");
   const auto* lines = static_cast<const Line*>(table.data_ptr());
   const int64_t rows = values.scalar_type() == ScalarType::Char ? scales.numel() : INT64_MAX;
-  const auto fits = [](int64_t start, int64_t n, int64_t size) { return start >= 0 && n >= 0 && start <= size && n <= size - start; };
+  const auto fits = [](int64_t start, int64_t n, int64_t size) {
+    return start >= 0 && n >= 0 && start <= size && n <= size - start;
+  };
   for (int64_t i = 0; i < table.size(0); ++i) {
     const Line& l = lines[i];
     int64_t n = 0;
@@ -66,7 +63,9 @@ bool visit_float(ScalarType dtype, const Visit& visit) {
     case ScalarType::Float: visit(wire::Float32{}); return true;
     case ScalarType::BFloat16: visit(wire::BFloat16{}); return true;
     case ScalarType::Half: visit(wire::Float16{}); return true;
-    default: STD_TORCH_CHECK(dtype == ScalarType::Char, "values: wanted float32, bfloat16, float16 or int8"); return false;
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Char, "values: wanted float32, bfloat16, float16 or int8");
+      return false;
   }
 }
 
@@ -109,7 +108,8 @@ void wire_accumulate_(Tensor sum, const Tensor& values, const Tensor& scales, co
   auto* s = static_cast<double*>(sum.data_ptr());
   if (visit_float(values.scalar_type(), [&]<class Kind>(Kind kind) {
         const auto* w = static_cast<const typename Kind::Wire*>(values.data_ptr());
-        for_lines(lines, table, values, [=](const Line& l) { wire::add(w + l.value, s + l.value, l.numel(), weight, kind); });
+        for_lines(
+            lines, table, values, [=](const Line& l) { wire::add(w + l.value, s + l.value, l.numel(), weight, kind); });
       }))
     return;
   const auto* q = static_cast<const int8_t*>(values.data_ptr());
@@ -119,56 +119,10 @@ void wire_accumulate_(Tensor sum, const Tensor& values, const Tensor& scales, co
   });
 }
 
-bool not_finite(const uint8_t* p, int64_t bytes, int64_t kind) {
-  switch (kind) {
-    case 1: return wire::any_not_finite(reinterpret_cast<const uint32_t*>(p), bytes / 4, 0x7F800000);
-    case 2: return wire::any_not_finite(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7F80});
-    case 3: return wire::any_not_finite(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7C00});
-    default: return false;
-  }
-}
-
-Tensor wire_digest(const Tensor& buffer, const Tensor& ranges) {
-  check_flat("buffer", buffer, ScalarType::Byte);
-  check_flat("ranges", ranges, ScalarType::Long);
-  STD_TORCH_CHECK(ranges.dim() == 2 && ranges.size(1) == 3, "ranges: wanted (n, 3)");
-  const int64_t count = ranges.size(0), size = buffer.numel();
-  Tensor result = torch::stable::new_empty(ranges, {count, 2});
-  const auto* bytes = static_cast<const uint8_t*>(buffer.data_ptr());
-  const auto* in = static_cast<const int64_t*>(ranges.data_ptr());
-  auto* out = static_cast<int64_t*>(result.data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t start = in[3 * i], stop = in[3 * i + 1], kind = in[3 * i + 2], item = kind == 0 ? 1 : kind == 1 ? 4 : 2;
-    STD_TORCH_CHECK(0 <= start && start <= stop && stop <= size && 0 <= kind && kind <= 3, "ranges: line ", i, " is wrong");
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(bytes + start) % item == 0 && (stop - start) % item == 0, "ranges: line ", i, " is not aligned");
-  }
-  const wire::Update update = wire::best_update();
-  const auto body = [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t stop = in[3 * i + 1];
-      uint32_t crc = 0xFFFFFFFF;
-      bool found = false;
-      for (int64_t at = in[3 * i]; at < stop; at += kDigestChunk) {
-        const int64_t n = std::min(kDigestChunk, stop - at);
-        crc = update(crc, bytes + at, n);
-        found = found || not_finite(bytes + at, n, in[3 * i + 2]);
-      }
-      out[2 * i] = static_cast<uint32_t>(~crc);
-      out[2 * i + 1] = found;
-    }
-  };
-  if (size < 2 * kBytesPerThread)
-    body(0, count);
-  else
-    torch::stable::parallel_for(0, count, std::max<int64_t>(1, count * kBytesPerThread / size), body);
-  return result;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fibecfed, CPU, m) {
   m.impl("wire_pack_", TORCH_BOX(&wire_pack_));
   m.impl("wire_unpack_", TORCH_BOX(&wire_unpack_));
   m.impl("wire_accumulate_", TORCH_BOX(&wire_accumulate_));
-  m.impl("wire_digest", TORCH_BOX(&wire_digest));
 }

@@ -71,8 +71,8 @@ WIRE_LOOPS(Float16)
 // Rows whose largest magnitude is below 127 · 2^-126 (the scale would be subnormal) are sent as zeros, scale 0.
 inline constexpr float kSmallestMaximum = 127.0f * 0x1p-126f;
 
-// int8, row by row. kLength is the row length where the compiler may unroll it (rows of a LoRA B are as short as its rank;
-// looping over 8 values costs five times as much as computing them), 0 for any other.
+// int8, row by row. kLength is the row length where the compiler may unroll it, 0 for any other: rows of a LoRA B are as
+// short as its rank, and a loop over 8 values costs more than the values.
 #define WIRE_INLINE __attribute__((always_inline)) inline
 
 template <size_t kLength>
@@ -101,7 +101,8 @@ WIRE_INLINE void dequantize_rows_of(const int8_t* q, const float* scale, float* 
 }
 
 template <size_t kLength>
-WIRE_INLINE void add_rows_of(const int8_t* q, const float* scale, double* sum, size_t rows, size_t length, double weight) {
+WIRE_INLINE void add_rows_of(
+    const int8_t* q, const float* scale, double* sum, size_t rows, size_t length, double weight) {
   const size_t n = kLength ? kLength : length;
   for (size_t r = 0; r < rows; ++r, sum += n, q += n)
     for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(static_cast<float>(q[i]) * scale[r]);
