@@ -234,10 +234,10 @@ def _complain(message: str) -> None:
 
 
 def _samples_table(title: str, columns: dict[str, list[object]], chosen: list[int]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("score", justify="right")
-    table.add_column("label")
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("label", no_wrap=True)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
     for index in chosen:
         text = " | ".join(str(columns[key][index]) for key in ("text", "pair") if key in columns)
         table.add_row(f"{columns['score'][index]:.4g}", str(columns["label"][index]), " ".join(text.split()))

@@ -32,6 +32,7 @@ __all__ = [
 
 Kind = Literal["global", "personal"]
 ABSENT = "–"
+ACTIVITIES = ("init", "train", "pack", "aggregate", "evaluate")  # of a round; what else there is, is shown as "other"
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,16 @@ def rounds_table(record: RunRecord) -> Table:
 
 def seconds_table(record: RunRecord) -> Table:
     """A row a round: wall seconds by activity, their sum, the run's clock, and the modelled communication."""
-    kinds = list(dict.fromkeys(kind for entry in record.rounds for kind in entry.seconds))
-    table = _table("seconds", ("round", *kinds, "all", "since start", "link (modelled)"))
+    kinds = [kind for kind in ACTIVITIES if any(kind in entry.seconds for entry in record.rounds)]
+    rest = any(kind not in kinds for entry in record.rounds for kind in entry.seconds)
+    heads = ("round", *kinds, *(["other"] if rest else []), "all", "elapsed", "link")
+    table = _table("seconds (link: modelled)", heads)
     for entry in record.rounds:
-        cells = [seconds(entry.seconds.get(kind)) for kind in kinds]
-        total, elapsed, link = sum(entry.seconds.values()), entry.elapsed, entry.modelled_seconds
-        table.add_row(str(entry.round), *cells, seconds(total), seconds(elapsed), seconds(link))
+        total = sum(entry.seconds.values())
+        spent = [entry.seconds.get(kind) for kind in kinds]
+        if rest:
+            spent.append(sum(value for kind, value in entry.seconds.items() if kind not in kinds))
+        table.add_row(str(entry.round), *map(seconds, (*spent, total, entry.elapsed, entry.modelled_seconds)))
     return table
 
 
@@ -266,7 +271,10 @@ def number(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.1f}" if value >= 0.1 or value == 0 else f"{value:.3f}"
+    if value is None:
+        return ABSENT
+    digits = 0 if value >= 1000 else 1 if value >= 0.1 or value == 0 else 3
+    return f"{value:.{digits}f}"
 
 
 def megabytes(value: int) -> str:

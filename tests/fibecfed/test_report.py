@@ -93,11 +93,12 @@ def test_a_loss_that_diverged_is_shown_as_absent() -> None:
 
 def test_seconds_are_split_by_activity_and_summed() -> None:
     record = run_record((0.6, 0.7))
-    record = replace(record, rounds=(record.rounds[0], round_record(2, 0.7, seconds={"train": 5.0, "export": 2.0})))
+    other = {"train": 5.0, "checkpoint": 2.0, "export": 0.5}
+    record = replace(record, rounds=(record.rounds[0], round_record(2, 0.7, seconds=other)))
     text = shown(seconds_table(record))
-    assert cells(text, "round")[1:7] == ["init", "train", "pack", "aggregate", "evaluate", "export"]
-    assert cells(text, "1") == ["1", "0.5", "6.0", "0.2", "0.2", "3.0", "–", "10.0", "14.0", "1.5"]
-    assert cells(text, "2") == ["2", "–", "5.0", "–", "–", "–", "2.0", "7.0", "24.0", "1.5"]
+    assert " ".join(cells(text, "round")) == "round init train pack aggregate evaluate other all elapsed link"
+    assert cells(text, "1") == ["1", "0.5", "6.0", "0.2", "0.2", "3.0", "0.0", "10.0", "14.0", "1.5"]
+    assert cells(text, "2") == ["2", "–", "5.0", "–", "–", "–", "2.5", "7.5", "24.0", "1.5"]
 
 
 def test_the_summary_shows_accuracy_beside_the_majority_class_layers_traffic_and_time() -> None:
@@ -186,12 +187,15 @@ def test_notes_of_a_damaged_record_are_shown() -> None:
 @pytest.mark.parametrize("table", [rounds_table, summary_table, seconds_table])
 def test_tables_fit_80_columns(table: Any) -> None:
     record = run_record((0.6,) * 12)
+    long = {"init": 1234.5, "train": 9876.5, "pack": 0.004, "aggregate": 0.5, "evaluate": 345.5, "checkpoint": 0.02}
+    record = replace(record, rounds=tuple(replace(entry, seconds=long, elapsed=123456.5) for entry in record.rounds))
     text = shown(table(record), width=80)
     wide = shown(table(record), width=300)
     assert max(map(len, text.splitlines())) <= 80
     if table is not summary_table:  # its last column is prose, which may wrap
         assert len([line for line in text.splitlines() if line.split()[:1] == ["12"]]) == 1
         assert cells(text, "12") == cells(wide, "12")
+        assert cells(text, "round") == cells(wide, "round")
 
 
 def test_an_observer_prints_a_line_for_start_initialization_and_every_round() -> None:
