@@ -127,8 +127,8 @@ def summary_table(record: RunRecord) -> Table:
 
 def comparison_table(records: Sequence[RunRecord], target: float, kind: Kind = "global") -> Table:
     """A row a run: its best and last accuracy, and what it had spent when it first reached ``target``."""
-    title = f"to {percent(target)} % {kind} accuracy"
-    table = _table(title, ("run", "best %", "last %", "round", "s", "s − test", "link s", "up MB", "down MB"))
+    title = f"to {percent(target)} % {kind} accuracy (s − test: without testing; link: modelled)"
+    table = _table(title, ("run", "best %", "last %", "round", "s", "s − test", "link", "up MB", "down MB"))
     for record, name in zip(records, labels(records), strict=True):
         spent = reached(record, target, kind)
         cells = [name, percent(_best(record, kind)), percent(_last(record, kind))]
