@@ -92,7 +92,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     key, message = _explain(errors[0], list(overridden))
     origin = f"--set {overridden[key]}: " if key in overridden else f"{path}: " if path is not None else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    raise ConfigError(f"{origin}{message}{more}")
+    raise ConfigError(" ".join(f"{origin}{message}{more}".split("\n")))
 
 
 def dump_config(config: RunConfig) -> str:
