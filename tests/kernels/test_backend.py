@@ -1,0 +1,79 @@
+"""Which body runs, and how one is forced."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+
+import pytest
+import torch
+
+from fibecfed_kernels import backend, fisher_diag, use_backend
+from fibecfed_kernels.fisher import reference
+
+
+def test_cpu_tensors_run_the_extension_and_unknown_devices_the_reference():
+    assert backend() == backend("cpu") == "cpp"
+    assert backend(torch.device("meta")) == "reference"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform")
+def test_cuda_tensors_run_triton():
+    assert backend("cuda") == backend("cuda:1") == "triton"
+
+
+def test_a_forced_body_is_the_one_that_runs_and_only_inside_the_block(monkeypatch):
+    calls = []
+    body = reference.fisher_diag
+    monkeypatch.setattr(reference, "fisher_diag", lambda *args: calls.append(1) or body(*args))
+    x = torch.ones(1, 2, 3)
+    fisher_diag(x, x)
+    with use_backend("cpp"):
+        fisher_diag(x, x)
+    assert calls == []
+    with use_backend("reference"):
+        assert backend() == "reference"
+        fisher_diag(x, x)
+    assert calls == [1]
+    assert backend() == "cpp"
+
+
+def test_forcing_ends_with_an_exception_and_nests():
+    with pytest.raises(KeyError), use_backend("reference"), use_backend("cpp"):
+        assert backend() == "cpp"
+        raise KeyError
+    with use_backend("reference"):
+        with use_backend("cpp"):
+            assert backend() == "cpp"
+        assert backend() == "reference"
+    assert backend() == "cpp"
+
+
+def test_forcing_in_one_thread_does_not_reach_another():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["cpp"]
+
+
+def test_an_unknown_body_is_refused():
+    with pytest.raises(ValueError, match=r"'cuda' is unknown, wanted one of reference, cpp, triton"), use_backend("cuda"):
+        pass
+
+
+def test_a_body_that_was_not_built_is_refused(monkeypatch):
+    monkeypatch.setattr("fibecfed_kernels._backend.HAS_CPP", False)
+    monkeypatch.setattr("fibecfed_kernels._backend.HAS_TRITON", False)
+    assert backend("cpu") == backend("cuda") == "reference"
+    with pytest.raises(RuntimeError, match="fibecfed_kernels._C was not built"), use_backend("cpp"):
+        pass
+    with pytest.raises(RuntimeError, match="triton is not installed"), use_backend("triton"):
+        pass
+
+
+def test_a_body_forced_on_tensors_it_cannot_read_is_refused():
+    x = torch.ones(1, 2, 3, device="meta")
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was forced, but the tensors are on meta"):
+        fisher_diag(x, x)
