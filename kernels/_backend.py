@@ -63,7 +63,12 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def body_for(tensor: torch.Tensor) -> Backend:
-    """:func:`backend` for a tensor, refusing a forced body that cannot read it."""
+    """:func:`backend` for a tensor, refusing a forced body that cannot read it.
+
+    While torch.compile traces, it is the registered op's own choice: a forced body is not seen.
+    """
+    if torch.compiler.is_compiling():
+        return "triton" if tensor.device.type == "cuda" else "cpp"
     chosen = backend(tensor.device)
     if chosen == "cpp" and tensor.device.type != "cpu":
         raise RuntimeError(f"backend 'cpp' was forced, but the tensors are on {tensor.device}")

@@ -49,7 +49,11 @@ def test_what_cannot_be_taken_is_refused_by_name(body, error, words, arguments):
         (ValueError, r"h, grad_h, grad_y: lists of 1, 1, 2 tensors", (X, [LORA[1]], [LORA[2]], [LORA[3]] * 2)),
         (ValueError, r"h: .*\(3, 5, 8\).* wanted the shape of grad_h", (X, torch.ones(3, 5, 8), *LORA[2:])),
         (TypeError, r"grad_h\[1\]: torch.float16", (X, [LORA[1]] * 2, [LORA[2], LORA[2].half()], [LORA[3]] * 2)),
-        (ValueError, r"grad_y\[0\]: .* wanted \(3, 5, features\) as h\[0\]", (X, *([t] for t in LORA[1:3]), [LORA[3][1:]])),
+        (
+            ValueError,
+            r"grad_y\[0\]: .* wanted \(3, 5, features\) as h\[0\]",
+            (X, *([t] for t in LORA[1:3]), [LORA[3][1:]]),
+        ),
     ],
 )
 def test_what_cannot_be_taken_of_a_lora_module_is_refused_by_name(error, words, arguments):
