@@ -19,7 +19,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 TORCH_STABLE_ABI = "0x020a000000000000"  # torch 2.10's stable ABI: the oldest one that has all we call
-PYTHON_LIMITED_API = "0x030b0000"  # Python 3.11
 
 setup(
     ext_modules=[
@@ -35,7 +34,6 @@ setup(
                 "-ffp-contract=off",  # an update must round as torch's does; where FMA is wanted it is written
                 "-fno-math-errno",  # or a square root is a call that nothing vectorises
                 f"-DTORCH_TARGET_VERSION={TORCH_STABLE_ABI}",
-                f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
                 "-Wall",
                 "-Wno-psabi",
             ],

@@ -81,8 +81,8 @@ def test_packed_batch_with_empty_samples_equals_a_loop_over_single_samples(body,
 @bodies
 @dtypes
 def test_many_samples_and_strips_with_poisoned_memory(body, dtype, poisoned):
-    for d_in, d_out in ((421, 12), (12, 421), (200, 70), (70, 200)):
-        x, grad_y = fisher_inputs(19, 5, d_in, d_out, dtype)
+    for tokens, d_in, d_out in ((130, 421, 12), (5, 12, 421), (5, 200, 70), (130, 70, 200)):
+        x, grad_y = fisher_inputs(19, tokens, d_in, d_out, dtype)
         with use_backend(body):
             result = fisher_diag(x, grad_y, weight_grad=True)
         assert_fisher_near(result, fisher_truth(x, grad_y))

@@ -258,6 +258,19 @@ def test_a_buffer_without_values_is_no_error(body, step):
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_cpp_agrees_with_the_reference_where_rows_have_taken_many_different_steps(name, share):
+    states = {}
+    for body in BODIES:
+        state = states[body] = State(seed=4).used()
+        state.mask = torch.rand(state.rows, generator=torch.Generator().manual_seed(5)) < share
+        with use_backend(body):
+            STEPS[name](state, gradients(state.numel, 1)[0])
+    for buffer in ("data", "first", "second", "steps"):
+        assert_near(getattr(states["cpp"], buffer), getattr(states["reference"], buffer).double(), "update")
+
+
+@pytest.mark.parametrize("name", STEPS)
 @given(
     shapes=st.lists(
         st.lists(st.sampled_from((1, 2, 3, 7, 8, 16, 31, 65)), max_size=2).map(tuple), min_size=1, max_size=5
