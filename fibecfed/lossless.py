@@ -163,7 +163,8 @@ def decide(spectrum: Spectrum, lipschitz: float) -> Decision:
 
     (every θ stands for at least one eigenvalue): m is the first m_i with θ_{i+1} − θ_i > 4·L_k. With k = dim this is
     the rule itself, whatever the weights. With k < dim eigenvalues may lie between two Ritz values, so that few steps
-    find gaps too easily rather than too rarely.
+    find gaps too easily rather than too rarely. At B = 0 the spectrum is nearly symmetric about 0 and sparse at both
+    ends: a gap found there, at its lower end, leaves out next to nothing.
 
     Raises ValueError when the values are not ascending and finite, do not match the weights, or lipschitz is not ≥ 0.
     """
