@@ -145,6 +145,8 @@ class Client:
             seed = torch_seed(self.config.seed, "order", device.index)
             return curriculum.order(np.zeros(device.size), "random", seed=seed)
         assert device.scores is not None
+        if chosen.stratified:
+            return curriculum.stratified_order(device.scores, self.train_set.labels[device.train], chosen.order)
         return curriculum.order(device.scores, chosen.order)
 
     def _optimizer(self, mask: Tensor) -> MaskedAdamW | MaskedSGD:

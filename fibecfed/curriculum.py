@@ -103,6 +103,25 @@ def order(scores: Tensor | ArrayLike, name: str = "easy_first", *, seed: int | N
     return np.argsort(values if name == "easy_first" else -values, kind="stable").astype(np.int64)
 
 
+def stratified_order(scores: Tensor | ArrayLike, labels: Tensor | ArrayLike, name: str = "easy_first") -> Indices:
+    """:func:`order` inside every class, the classes interleaved in proportion [ours]: int64 (N,).
+
+    A sample's key is its relative rank (rank + ½)/N_c among the N_c samples of its class, so any first share of the order
+    holds about that share of every class. Without it, scores taken before training rank by class rather than by
+    difficulty (an untrained head finds all samples of one class easy), and easy first means one class first.
+
+    Raises ValueError as :func:`order`, and for labels (N,) of another length.
+    """
+    by_score, classes = order(scores, name, seed=0 if name == "random" else None), _vector("labels", labels)
+    if len(classes) != len(by_score):
+        raise ValueError(f"labels: {len(classes)} values, wanted {len(by_score)} as scores have")
+    keys = np.empty(len(by_score))
+    for label in np.unique(classes):
+        members = by_score[classes[by_score] == label]
+        keys[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return by_score[np.argsort(keys[by_score], kind="stable")]
+
+
 def select(order: Tensor | ArrayLike, share: float, batch_size: int) -> Indices:
     """The first ``share``·N samples of an order, to the nearest integer: int64 (n,), in that order.
 

@@ -113,6 +113,10 @@ class Curriculum(Section):
     order: Literal["easy_first", "hard_first", "random"] = Field(
         default="easy_first", description="by Fisher score of a sample"
     )
+    stratified: bool = Field(
+        default=True,
+        description="order inside every class, so that easy first is not one class first; false: the paper's",
+    )
     pacing: Literal["linear", "sqrt", "root_p", "quadratic", "exponential", "log", "step", "geometric", "none"] = Field(
         default="linear", description="how the share grows with the rounds; the paper's is linear"
     )

@@ -12,7 +12,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fibecfed.curriculum import ORDERS, PACINGS, batch_difficulty, batches, order, pacing, select
+from fibecfed.curriculum import (
+    ORDERS,
+    PACINGS,
+    batch_difficulty,
+    batches,
+    order,
+    pacing,
+    select,
+    stratified_order,
+)
 
 CURVED = sorted(set(PACINGS) - {"none"})
 
@@ -217,3 +226,21 @@ def test_batches_grouped_by_length_hold_every_sample_once_and_pad_less() -> None
     assert [len(part) for part in batches(selection, 16, lengths=lengths)] == [16] * 5 + [10]
     same = batches(selection, 16, np.random.default_rng(1), lengths=lengths)
     assert all(np.array_equal(one, two) for one, two in zip(grouped, same, strict=True))
+
+
+def test_a_stratified_order_holds_every_class_in_proportion_and_is_easy_first_inside_it() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(100) < 0.3).astype(np.int64)
+    scores = rng.random(100) + 10.0 * labels  # class 1 looks harder throughout
+    found = stratified_order(scores, labels)
+    assert sorted(found) == list(range(100))
+    for share in (0.2, 0.5, 0.8):
+        first = labels[found[: round(100 * share)]]
+        assert abs(first.mean() - labels.mean()) < 0.05
+    for label in (0, 1):
+        inside = scores[found[labels[found] == label]]
+        assert (np.diff(inside) >= 0).all()
+        hard = scores[(h := stratified_order(scores, labels, "hard_first"))[labels[h] == label]]
+        assert (np.diff(hard) <= 0).all()
+    with pytest.raises(ValueError, match="labels"):
+        stratified_order(scores, labels[:5])
