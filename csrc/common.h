@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 // Waking threads costs microseconds on an idle machine and near a millisecond beside a busy neighbour.
 constexpr int64_t kSerialBytes = int64_t{1} << 20;
 
-// Calls worker(next) on each thread; a worker takes task next() until it returns -1. The tasks a thread gets differ from
-// run to run, so a task must own what it writes. `bytes`: what all tasks move together.
+// Calls worker(next) on each thread; a worker takes task next() until it returns -1. The tasks a thread gets differ
+// from run to run, so a task must own what it writes. `bytes`: what all tasks move together.
 template <class Worker>
 void parallel_tasks(int64_t tasks, int64_t bytes, const Worker& worker) {
   std::atomic<int64_t> counter{0};

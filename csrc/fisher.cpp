@@ -1,11 +1,11 @@
 // CPU bodies of fisher_diag and lora_fisher_diag.
 //
 // A matrix's gradient of a sample is P = thinᵀ wide, summed over the sample's tokens: thin is the operand with fewer
-// features (the rank, in a LoRA pair), wide the other. A task is (matrix, rows of thin, strip of wide, group of samples); it
-// keeps P, Σ P² and Σ P of its rows and strip near the core. All sizes below are fixed, so the order of every sum, and with
-// it every bit, depends on the shapes alone, and a score on its own sample alone.
-#include "common.h"
+// features (the rank, in a LoRA pair), wide the other. A task is (matrix, rows of thin, strip of wide, group of
+// samples); it keeps P, Σ P² and Σ P of its rows and strip near the core. All sizes below are fixed, so the order of
+// every sum, and with it every bit, depends on the shapes alone, and a score on its own sample alone.
 #include "simd.h"
+#include "common.h"
 
 #include <memory>
 #include <optional>
@@ -18,8 +18,8 @@ using fibecfed::ScalarType;
 using fibecfed::Tensor;
 
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kStrip = 192;    // columns of a task: a multiple of every register tile's width
-constexpr int64_t kChunk = 64;     // tokens between two additions to P: keeps the operands in the cache, the error small
+constexpr int64_t kStrip = 192;  // columns of a task: a multiple of every register tile's width
+constexpr int64_t kChunk = 64;   // tokens between two additions to P: keeps the operands in the cache, the error small
 constexpr int64_t kTileWidth = 48;  // of the widest register tile
 constexpr int64_t kGroupSamples = 8;
 constexpr int64_t kMostGroups = 32;
@@ -59,9 +59,9 @@ Operand operand(const Tensor& tensor) {
       "fisher: wanted float32, bfloat16 or float16 tensors");
   return {
       tensor.const_data_ptr(), tensor.size(tensor.dim() - 1),
-      dtype == ScalarType::Float          ? Dtype::float32
-          : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
-                                          : Dtype::float16};
+      dtype == ScalarType::Float      ? Dtype::float32
+      : dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+                                      : Dtype::float16};
 }
 
 // Σ ∂yᵀ x: (grad.features, x.features).
@@ -99,7 +99,8 @@ std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
     Matrix& of = matrices[m];
     const int64_t thin = of.thin.features, wide = of.wide.features;
     // A matrix with many rows has tasks enough, and its partial sums would be as large as gradients.
-    const int64_t group = thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
+    const int64_t group =
+        thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
     of.first_score_part = score_parts;
     of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + kStrip - 1) / kStrip);
     of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
@@ -108,8 +109,8 @@ std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
       for (int64_t row = 0; row < thin; row += kTaskRows) {
         for (int64_t column = 0; column < wide; column += kStrip) {
           tasks.push_back(
-              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(kStrip, wide - column), g * group,
-               std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
+              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(kStrip, wide - column),
+               g * group, std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
         }
       }
     }
@@ -131,8 +132,9 @@ struct Fisher {
   Tensor scores, diag, weight_grad;
 };
 
-Fisher fisher(const Tensor& like, std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
-              std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
+Fisher fisher(
+    const Tensor& like, std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
+    std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
   int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0;
@@ -163,7 +165,8 @@ Fisher fisher(const Tensor& like, std::vector<Matrix>& matrices, const std::vect
     const std::unique_ptr<float[]> buffer(new float[kChunk * (rows + kTileWidth) + (weight_grad ? 3 : 2) * strip]);
     float* const product = buffer.get() + kChunk * (rows + kTileWidth);
     const Scratch scratch{
-        buffer.get(), buffer.get() + kChunk * rows, product, product + strip, weight_grad ? product + 2 * strip : nullptr};
+        buffer.get(), buffer.get() + kChunk * rows, product, product + strip,
+        weight_grad ? product + 2 * strip : nullptr};
     for (int64_t i = next(); i >= 0; i = next()) {
       const Task& task = tasks[i];
       const Matrix& of = matrices[task.matrix];
@@ -196,21 +199,22 @@ void check_tokens(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(good, name, ": wanted the dtype, samples and tokens of x");
 }
 
-std::tuple<Tensor, Tensor, Tensor> fisher_diag(Tensor x, Tensor grad_y, std::optional<Tensor> cu_seqlens, bool weight_grad) {
+std::tuple<Tensor, Tensor, Tensor> fisher_diag(
+    Tensor x, Tensor grad_y, std::optional<Tensor> cu_seqlens, bool weight_grad) {
   const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
   check_tokens("grad_y", grad_y, x);
   x = torch::stable::contiguous(x);
   grad_y = torch::stable::contiguous(grad_y);
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
-  Fisher result = fisher(
-      x, matrices, bounds, weight_grad, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
+  Fisher result =
+      fisher(x, matrices, bounds, weight_grad, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
   return {result.scores, result.diag, result.weight_grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
-    Tensor x, std::vector<Tensor> h, std::vector<Tensor> grad_h, std::vector<Tensor> grad_y, std::optional<Tensor> cu_seqlens,
-    bool weight_grad) {
+    Tensor x, std::vector<Tensor> h, std::vector<Tensor> grad_h, std::vector<Tensor> grad_y,
+    std::optional<Tensor> cu_seqlens, bool weight_grad) {
   const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
   STD_TORCH_CHECK(
       h.size() == grad_h.size() && h.size() == grad_y.size(), "h, grad_h, grad_y: wanted lists of equal length");

@@ -1,73 +1,6 @@
 // Included by for_each_isa.h once for each instruction set. Products and squares of one task of fisher.cpp.
 
-// Accumulators of a register tile: kRows x kVectors registers, as many as leave room for the operands.
-constexpr int kRows = FIBECFED_LANES == 16 ? 8 : 4;
-constexpr int kVectors = 3;
-constexpr int kLanes = FIBECFED_LANES;
-
-typedef float Vector __attribute__((vector_size(4 * FIBECFED_LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * FIBECFED_LANES), aligned(4), may_alias));
-
-static inline __attribute__((always_inline)) Vector multiply_add(float a, Vector b, Vector c) {
-#if FIBECFED_LANES == 16
-  return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c);
-#elif FIBECFED_LANES == 8
-  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-// product (kRows x kVectors registers, row stride kStrip) = or += thin[t, row] * wide[t, column] summed over the tokens.
-template <int rows, int vectors>
-static void register_tile(
-    int64_t tokens, const float* thin, int64_t thin_stride, const float* wide, int64_t wide_stride, float* product, bool first) {
-  Vector sum[rows][vectors] = {};
-  for (int64_t t = 0; t < tokens; ++t) {
-    Vector w[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w[v] = *reinterpret_cast<const Unaligned*>(wide + v * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(thin[i], w[v], sum[i][v]);
-    }
-    thin += thin_stride;
-    wide += wide_stride;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * kStrip + v * kLanes);
-      *out = first ? sum[i][v] : *out + sum[i][v];
-    }
-  }
-}
-
-typedef void (*RegisterTile)(int64_t, const float*, int64_t, const float*, int64_t, float*, bool);
-
-template <int vectors>
-static inline RegisterTile tile_of_rows(int rows) {
-  switch (rows) {
-    case 1: return register_tile<1, vectors>;
-    case 2: return register_tile<2, vectors>;
-    case 3: return register_tile<3, vectors>;
-    case 4: return register_tile<4, vectors>;
-#if FIBECFED_LANES == 16
-    case 5: return register_tile<5, vectors>;
-    case 6: return register_tile<6, vectors>;
-    case 7: return register_tile<7, vectors>;
-    default: return register_tile<8, vectors>;
-#else
-    default: return register_tile<4, vectors>;
-#endif
-  }
-}
-
-static inline RegisterTile tile_of(int rows, int vectors) {
-  return vectors == 1 ? tile_of_rows<1>(rows) : vectors == 2 ? tile_of_rows<2>(rows) : tile_of_rows<3>(rows);
-}
+#include "fisher_tile.h"
 
 static inline float half_to_float(uint16_t half) {
   // Exponent and mantissa moved into place and scaled by 2^112: right for subnormals too. Infinity and NaN keep theirs.
@@ -98,43 +31,43 @@ static void load_row(const Operand& from, int64_t element, int64_t count, float*
   }
 }
 
-// tokens x count values from column on, as float32, copied into scratch (row stride `width`, rest zero) unless they can
-// be read in place.
-static const float* load(
-    const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width, bool in_place,
-    float* scratch, int64_t* stride) {
-  const int64_t element = token * from.features + column;
-  if (in_place && from.dtype == Dtype::float32) {
-    *stride = from.features;
-    return static_cast<const float*>(from.data) + element;
-  }
+// tokens x count values from column on, as float32, in scratch: row stride `width`, the rest of a row zero.
+static void load(
+    const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width, float* scratch) {
   for (int64_t t = 0; t < tokens; ++t) {
-    load_row(from, element + t * from.features, count, scratch + t * width);
+    load_row(from, (token + t) * from.features + column, count, scratch + t * width);
     for (int64_t j = count; j < width; ++j) scratch[t * width + j] = 0.0f;
   }
-  *stride = width;
-  return scratch;
 }
 
-// product (rows, kStrip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and columns.
+static const void* address(const Operand& of, int64_t token, int64_t column) {
+  const int64_t size = of.dtype == Dtype::float32 ? 4 : 2;
+  return static_cast<const char*>(of.data) + (token * of.features + column) * size;
+}
+
+// product (rows, kStrip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
+// columns.
 static void sample_product(const Task& task, int64_t begin, int64_t end, const Scratch& scratch) {
   constexpr int64_t tile_width = kVectors * kLanes;
+  const bool thin_in_place = task.thin.dtype == Dtype::float32;
+  const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
   for (int64_t token = begin; token < end; token += kChunk) {
     const int64_t tokens = end - token < kChunk ? end - token : kChunk;
-    int64_t thin_stride = 0;
-    const float* thin = load(task.thin, token, tokens, task.row, task.rows, task.rows, true, scratch.thin, &thin_stride);
+    if (!thin_in_place) load(task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
+    const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
     for (int64_t column = 0; column < task.columns; column += tile_width) {
       const int64_t left = task.columns - column;
       const int64_t count = left < tile_width ? left : tile_width;
-      const int64_t width = (count + kLanes - 1) / kLanes * kLanes;
-      const bool in_place = width == count && task.rows <= kRows;
-      int64_t wide_stride = 0;
-      const float* wide =
-          load(task.wide, token, tokens, task.column + column, count, width, in_place, scratch.wide, &wide_stride);
+      const int64_t vectors = (count + kLanes - 1) / kLanes, width = vectors * kLanes;
+      // What several register tiles read is converted once, and lies closer together than in the operand.
+      const bool in_place = count == width && task.rows <= kRows && (FIBECFED_FMA || task.wide.dtype == Dtype::float32);
+      if (!in_place) load(task.wide, token, tokens, task.column + column, count, width, scratch.wide);
+      const void* wide = in_place ? address(task.wide, token, task.column + column) : scratch.wide;
       for (int64_t row = 0; row < task.rows; row += kRows) {
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
-        tile_of(rows, static_cast<int>(width / kLanes))(
-            tokens, thin + row, thin_stride, wide, wide_stride, scratch.product + row * kStrip + column, token == begin);
+        tile_of(in_place ? task.wide.dtype : Dtype::float32, rows, vectors)(
+            tokens, thin + row, thin_stride, wide, in_place ? task.wide.features : width,
+            scratch.product + row * kStrip + column, token == begin);
       }
     }
   }
@@ -169,7 +102,8 @@ static double add_squares(int64_t rows, int64_t columns, const float* product, f
 }
 
 // Every sample of the task: its score's share into scores[n], diag and weight_grad into the scratch.
-static void run_task(const Task& task, const int64_t* bounds, double* scores, int64_t scores_stride, const Scratch& scratch) {
+static void run_task(
+    const Task& task, const int64_t* bounds, double* scores, int64_t scores_stride, const Scratch& scratch) {
   for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.diag[i] = 0.0f;
   if (scratch.weight_grad != nullptr) {
     for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.weight_grad[i] = 0.0f;

@@ -1,5 +1,5 @@
 // Includes FIBECFED_KERNEL once for each instruction set, in namespaces baseline, avx2 and avx512, with FIBECFED_LANES
-// floats in a register. That file must include nothing and call nothing that is not its own: an inline function of a
+// floats in a register. That file must include and call nothing but what is made for this: an inline function of a
 // library, compiled here with AVX-512, could be the copy that the linker keeps for everybody.
 #define FIBECFED_LANES 4
 #define FIBECFED_FMA 0

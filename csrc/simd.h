@@ -1,11 +1,14 @@
 // Which instruction set this processor has. for_each_isa.h compiles a kernel file once for each of them.
 #pragma once
 
-// GCC lowers vector types before target_clones clones a function, so clones of a register tile would all be scalar code:
-// a kernel file is included once a target instead. Other compilers and processors get the baseline version alone.
+// GCC lowers vector types before target_clones clones a function, so clones of a register tile would all be scalar
+// code: a kernel file is included once a target instead. Other compilers and processors get the baseline version alone.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FIBECFED_X86_VERSIONS 1
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own headers
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #else
 #define FIBECFED_X86_VERSIONS 0
 #endif
@@ -20,7 +23,7 @@ inline Isa isa() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
   }();
   return found;
@@ -33,10 +36,10 @@ inline Isa isa() {
 
 // The version of FUNCTION that this processor runs; FUNCTION is defined in a file included by for_each_isa.h.
 #if FIBECFED_X86_VERSIONS
-#define FIBECFED_BEST(FUNCTION)                                     \
-  (::fibecfed::isa() == ::fibecfed::Isa::avx512 ? avx512::FUNCTION  \
-       : ::fibecfed::isa() == ::fibecfed::Isa::avx2 ? avx2::FUNCTION \
-                                                    : baseline::FUNCTION)
+#define FIBECFED_BEST(FUNCTION)                                    \
+  (::fibecfed::isa() == ::fibecfed::Isa::avx512 ? avx512::FUNCTION \
+   : ::fibecfed::isa() == ::fibecfed::Isa::avx2 ? avx2::FUNCTION   \
+                                                : baseline::FUNCTION)
 #else
 #define FIBECFED_BEST(FUNCTION) (baseline::FUNCTION)
 #endif

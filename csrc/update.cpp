@@ -1,7 +1,7 @@
 // CPU bodies of masked_adamw_ and masked_sgd_.
 //
-// A thread takes a few lines of `layout` at a time and, in each, runs of consecutive values that make the same step. Of an
-// inactive row nothing but its mask byte is touched. A value's result does not depend on the run that it is in.
+// A thread takes a few lines of `layout` at a time and, in each, runs of consecutive values that make the same step. Of
+// an inactive row nothing but its mask byte is touched. A value's result does not depend on the run that it is in.
 #include "common.h"
 #include "simd.h"
 
@@ -48,7 +48,8 @@ float* values(const char* name, const Tensor& tensor, int64_t numel) {
 
 Rows rows_of(const Tensor& data, const Tensor& steps, const Tensor& mask, const Tensor& layout) {
   STD_TORCH_CHECK(
-      mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(), "mask: wanted contiguous bool (rows,)");
+      mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
+      "mask: wanted contiguous bool (rows,)");
   STD_TORCH_CHECK(
       steps.scalar_type() == ScalarType::Int && steps.numel() == mask.numel() && steps.is_contiguous(),
       "steps: wanted contiguous int32 (", mask.numel(), ",)");
@@ -61,7 +62,7 @@ Rows rows_of(const Tensor& data, const Tensor& steps, const Tensor& mask, const 
   bool inside = true;  // a wrong layout would write into other people's memory
   for (const int64_t* at = rows.layout; at != rows.layout + 4 * rows.lines; at += 4) {
     inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] + at[2] <= rows.num_rows &&
-        at[0] + at[2] * at[3] <= data.numel();
+             at[0] + at[2] * at[3] <= data.numel();
   }
   STD_TORCH_CHECK(inside, "layout: a line reaches beyond data or mask");
   return rows;
@@ -83,9 +84,10 @@ int64_t count_active(const bool* mask, int64_t rows) {
   return count;
 }
 
-// Counts up the steps of the active rows among [first, first + rows), at most kRows, and appends what to update. A mask is
-// hard to foresee, so there is no branch on a single row.
-int64_t find_runs(const Rows& r, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs, int64_t found) {
+// Counts up the steps of the active rows among [first, first + rows), at most kRows, and appends what to update. A mask
+// is hard to foresee, so there is no branch on a single row.
+int64_t find_runs(
+    const Rows& r, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs, int64_t found) {
   const bool* const mask = r.mask + first;
   int32_t* const steps = r.steps + first;
   const int64_t active = count_active(mask, rows);
@@ -117,7 +119,7 @@ void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& updat
   }
   const int64_t tasks = (r.lines + kLinesPerTask - 1) / kLinesPerTask;
   fibecfed::parallel_tasks(tasks, active * bytes_per_value, [&](const auto& next) {
-    auto own = update;  // a copy for this thread: it remembers the constants of the steps it met
+    auto own = update;                    // a copy for this thread: it remembers the constants of the steps it met
     std::array<Run, 2 * kRows + 1> runs;  // one more: find_runs writes before it knows whether a row is active
     for (int64_t task = next(); task >= 0; task = next()) {
       int64_t found = 0;
@@ -125,8 +127,8 @@ void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& updat
       for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
         const int64_t* const at = r.layout + 4 * line;
         for (int64_t row = 0; row < at[2]; row += kRows) {
-          found = find_runs(
-              r, at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3], runs.data(), found);
+          found =
+              find_runs(r, at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3], runs.data(), found);
           if (found > kRows) {
             own(runs.data(), found);
             found = 0;
@@ -188,8 +190,8 @@ void masked_adamw_(
 }
 
 void masked_sgd_(
-    Tensor data, Tensor grad, Tensor momentum_buffer, Tensor steps, Tensor mask, Tensor layout, double lr, double momentum,
-    double dampening, double weight_decay, bool nesterov) {
+    Tensor data, Tensor grad, Tensor momentum_buffer, Tensor steps, Tensor mask, Tensor layout, double lr,
+    double momentum, double dampening, double weight_decay, bool nesterov) {
   const int64_t numel = data.numel();
   float* const p = values("data", data, numel);
   const float* const g = values("grad", grad, numel);
@@ -197,8 +199,12 @@ void masked_sgd_(
   const Rows rows = rows_of(data, steps, mask, layout);
   const auto kernel = FIBECFED_BEST(sgd_values);
   const Sgd constants{
-      static_cast<float>(-lr), static_cast<float>(momentum), static_cast<float>(1 - dampening),
-      static_cast<float>(weight_decay), nesterov, momentum != 0};
+      static_cast<float>(-lr),
+      static_cast<float>(momentum),
+      static_cast<float>(1 - dampening),
+      static_cast<float>(weight_decay),
+      nesterov,
+      momentum != 0};
   for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Run* runs, int64_t found) {
     for (int64_t i = 0; i < found; ++i) {
       if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g);

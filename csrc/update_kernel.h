@@ -1,7 +1,8 @@
-// Included by for_each_isa.h once for each instruction set. One step of consecutive values that have the same step count.
+// Included by for_each_isa.h once for each instruction set. One step of consecutive values that have the same step
+// count.
 //
-// The operations, their order and where they are fused are those of torch's CPU kernels (addcmul, lerp and add with a factor
-// are fused where the processor can; mul, div and addcdiv are not), so that rounding agrees with torch.optim.
+// The operations, their order and where they are fused are those of torch's CPU kernels (addcmul, lerp and add with a
+// factor are fused where the processor can; mul, div and addcdiv are not), so that rounding agrees with torch.optim.
 
 #define FIBECFED_INLINE static inline __attribute__((always_inline))
 

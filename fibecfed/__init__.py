@@ -1,23 +1,23 @@
 """fibecfed: Fisher-ordered curriculum federated fine-tuning of language models with LoRA, on fibecfed_kernels.
 
 The pieces work on any PEFT model: :class:`FlatAdapter`, :func:`capture_fisher`, :func:`score_samples`,
-:class:`MaskedAdamW`, :class:`MaskedSGD`. :func:`run` is the whole method over simulated devices.
+:class:`MaskedAdamW`, :class:`MaskedSGD`. :func:`run` is the whole method over simulated devices, :func:`resume` goes on
+with an interrupted run.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .adapter import BrokenViewsError, FlatAdapter
-from .capture import FisherCaptureError, capture_fisher
-from .lora import UnsupportedModuleError
-from .optim import MaskedAdamW, MaskedSGD
-from .scoring import SampleScores, score_samples
-
 if TYPE_CHECKING:
+    from .adapter import BrokenViewsError, FlatAdapter
+    from .capture import FisherCaptureError, capture_fisher
     from .config import RunConfig
+    from .lora import UnsupportedModuleError
+    from .optim import MaskedAdamW, MaskedSGD
     from .record import RunRecord
-    from .simulation import run
+    from .scoring import SampleScores, score_samples
+    from .simulation import resume, run
 
 __all__ = [
     "BrokenViewsError",
@@ -30,18 +30,28 @@ __all__ = [
     "SampleScores",
     "UnsupportedModuleError",
     "capture_fisher",
+    "resume",
     "run",
     "score_samples",
 ]
 
-_LAZY = {"RunConfig": "config", "RunRecord": "record", "run": "simulation"}
+_ROOMS = {
+    "adapter": ("BrokenViewsError", "FlatAdapter"),
+    "capture": ("FisherCaptureError", "capture_fisher"),
+    "config": ("RunConfig",),
+    "lora": ("UnsupportedModuleError",),
+    "optim": ("MaskedAdamW", "MaskedSGD"),
+    "record": ("RunRecord",),
+    "scoring": ("SampleScores", "score_samples"),
+    "simulation": ("resume", "run"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The driver's names on first use: they bring datasets and pydantic, which someone with a loop of their own need
-    not load."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fibecfed' has no attribute {name!r}")
+    """The names on first use: torch, peft and datasets take seconds to import, and `fibecfed --help` needs none."""
     from importlib import import_module
 
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f".{room}", __name__), name)
+    raise AttributeError(f"module 'fibecfed' has no attribute {name!r}")

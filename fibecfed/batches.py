@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fibecfed.data import Split
+from .data import DataError, Split
 
 Indices = NDArray[np.int64]
 
@@ -61,21 +61,21 @@ def encode(split: Split, tokenizer: Any, max_tokens: int) -> Encoded:
     Padding on the left is for models that count positions from the batch's ``position_ids``, which then come with every
     batch; a tokenizer with a mask token belongs to an encoder, whose positions start at the left edge, and is refused.
 
-    Raises ValueError when ``max_tokens`` leaves no room for text or is more than the model takes, the tokenizer has no
+    Raises DataError when ``max_tokens`` leaves no room for text or is more than the model takes, the tokenizer has no
     padding token, an encoder's tokenizer pads on the left, or a sample gives no token.
     """
     if tokenizer.pad_token_id is None:
-        raise ValueError("tokenizer has no padding token, wanted one: set tokenizer.pad_token")
+        raise DataError("tokenizer has no padding token, wanted one: set tokenizer.pad_token")
     if tokenizer.padding_side == "left" and tokenizer.mask_token is not None:
-        raise ValueError('tokenizer.padding_side is "left", wanted "right" for an encoder')
+        raise DataError('tokenizer.padding_side is "left", wanted "right" for an encoder')
     special = tokenizer.num_special_tokens_to_add(pair=split.pair is not None)
     if not special < max_tokens <= tokenizer.model_max_length:
-        raise ValueError(
+        raise DataError(
             f"max_tokens is {max_tokens}, wanted more than the {special} special tokens of a sample and at most the "
             f"model's {tokenizer.model_max_length}"
         )
     if len(split) == 0:
-        raise ValueError("split has no samples")
+        raise DataError("split has no samples")
     with_types = "token_type_ids" in tokenizer.model_input_names
     fields = tokenizer(
         split.text,
@@ -88,7 +88,7 @@ def encode(split: Split, tokenizer: Any, max_tokens: int) -> Encoded:
     )
     lengths = np.array([len(sample) for sample in fields["input_ids"]], dtype=np.int64)
     if lengths.min() == 0:
-        raise ValueError(f"sample {int(lengths.argmin())} gives no token")
+        raise DataError(f"sample {int(lengths.argmin())} gives no token")
     return Encoded(
         tokens=_flat(fields["input_ids"]),
         types=_flat(fields["token_type_ids"]) if with_types else None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -59,6 +58,6 @@ def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: l
     for device in devices:
         device.rounds = int(tensors["participations"][device.index])
         scores = tensors.get(f"scores.{device.index}")
-        device.scores = None if scores is None else np.array(scores)
+        device.scores = None if scores is None else scores.numpy()
         device.importance = tensors.get(f"importance.{device.index}")
     return int(metadata["round"]), float(metadata["elapsed"])

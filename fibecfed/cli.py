@@ -69,7 +69,7 @@ def run(
 ) -> None:
     """Fine-tune a model over simulated devices; write record, adapter and plots to a folder of their own.
 
-    CONFIG.toml is the job; without it, this is the demo: film reviews, a small BERT, 20 devices, 12 rounds.
+    CONFIG.toml is the job; without it, this is the demo: film reviews, a small BERT, 20 devices, 14 rounds.
     `fibecfed run --print-config` shows every setting with its meaning, in the form of a file to start from.
     """
     with _user_errors():

@@ -134,7 +134,7 @@ def _table(section: Section) -> dict[str, Any]:
             result[key] = _table(value)
         elif value is not None:
             result[key] = list(value) if isinstance(value, tuple) else value
-        elif field.default is not None:
+        elif field.default is not None or key in section.nothing_is_said:
             result[key] = "none"
     return result
 

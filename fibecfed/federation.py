@@ -40,16 +40,17 @@ class Federation:
         return float((self.task.test.labels == most).mean())
 
     def own_majority(self, device: Device) -> float:
-        """Accuracy on the device's own test samples of always answering the most frequent class of its training data."""
+        """Accuracy on the device's own test samples of always answering the most frequent class of its training
+        data."""
         most = np.bincount(self.task.train.labels[device.train]).argmax()
         return float((self.task.test.labels[device.test] == most).mean())
 
 
-def build(config: RunConfig) -> Federation:
-    """Load data and model, divide the data over the devices. Raises the rooms' own errors for what does not fit."""
-    data, split = config.data, config.partition
+def load_data(config: RunConfig) -> Task:
+    """The data of a configuration. Raises DataError for what does not fit."""
+    data = config.data
     columns = {"text": data.text, "pair": data.pair, "label": data.label, "key": data.key}
-    task = load_task(
+    return load_task(
         data.source,
         **{column: name for column, name in columns.items() if name is not None},
         test=data.test,
@@ -58,6 +59,30 @@ def build(config: RunConfig) -> Federation:
         max_test=data.max_test,
         seed=config.seed,
     )
+
+
+def load_base(config: RunConfig, num_classes: int) -> LoadedModel:
+    """The model of a configuration with a fresh adapter, on its device. Raises ModelError for what does not fit."""
+    model = config.model
+    loaded = load_model(
+        model.source,
+        num_classes=num_classes,
+        rank=model.rank,
+        alpha=model.alpha,
+        dropout=model.dropout,
+        rslora=model.rslora,
+        targets=model.targets,
+        dtype=model.dtype,
+        attn=model.attn,
+        seed=config.seed,
+    )
+    loaded.model.to(pick_device(config.device))
+    return loaded
+
+
+def build(config: RunConfig) -> Federation:
+    """Load data and model, divide the data over the devices. Raises the rooms' own errors for what does not fit."""
+    task, split = load_data(config), config.partition
     parts = partition(
         task.train.labels,
         devices=split.devices,
@@ -72,27 +97,14 @@ def build(config: RunConfig) -> Federation:
     tests = split_like(
         task.train.labels, parts, task.test.labels, seed=config.seed, train_keys=keys[0], test_keys=keys[1]
     )
-    model = config.model
-    loaded = load_model(
-        model.source,
-        num_classes=len(task.classes),
-        rank=model.rank,
-        alpha=model.alpha,
-        dropout=model.dropout,
-        rslora=model.rslora,
-        targets=model.targets,
-        dtype=model.dtype,
-        attn=model.attn,
-        seed=config.seed,
-    )
-    loaded.model.to(pick_device(config.device))
+    loaded = load_base(config, len(task.classes))
     return Federation(
         config=config,
         task=task,
         loaded=loaded,
         flat=FlatAdapter(loaded.model),
-        train=encode(task.train, loaded.tokenizer, data.max_tokens),
-        test=encode(task.test, loaded.tokenizer, data.max_tokens),
+        train=encode(task.train, loaded.tokenizer, config.data.max_tokens),
+        test=encode(task.test, loaded.tokenizer, config.data.max_tokens),
         devices=[Device(k, train, test) for k, (train, test) in enumerate(zip(parts, tests, strict=True))],
     )
 

@@ -27,35 +27,13 @@ def score_data(config: RunConfig, on_batch: Callable[[int, int], None] | None = 
     import torch
 
     from .batches import collate, encode, length_buckets
-    from .data import load_task
-    from .federation import pick_device
-    from .models import load_model
+    from .federation import load_base, load_data
     from .scoring import score_samples
 
-    data, settings = config.data, config.model
-    task = load_task(
-        data.source,
-        text=data.text,
-        pair=data.pair,
-        label=data.label,
-        test=data.test,
-        test_fraction=data.test_fraction,
-        max_train=data.max_train,
-        seed=config.seed,
-    )
-    loaded = load_model(
-        settings.source,
-        num_classes=len(task.classes),
-        rank=settings.rank,
-        alpha=settings.alpha,
-        rslora=settings.rslora,
-        targets=settings.targets,
-        dtype=settings.dtype,
-        attn=settings.attn,
-        seed=config.seed,
-    )
-    device = pick_device(config.device)
-    loaded.model.to(device)
+    data = config.data
+    task = load_data(config)
+    loaded = load_base(config, len(task.classes))
+    device = loaded.model.device
     samples = encode(task.train, loaded.tokenizer, data.max_tokens)
     buckets = length_buckets(samples, config.eval.batch_size)
     done = 0

@@ -23,6 +23,14 @@ class Section(BaseModel):
     # strict: "12" is no number and true is no 1, as TOML itself has it.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @property
+    def nothing_is_said(self) -> frozenset[str]:
+        """Keys whose "none" must be written out, since leaving them out means something else."""
+        return frozenset()
+
+
+DEMO_LIMITS = {"max_train": 3200, "max_test": 400}  # so that the demo takes minutes on two cores
+
 
 class Data(Section):
     """What is classified: a labelled data set and how it is cut into training and test samples."""
@@ -42,9 +50,24 @@ class Data(Section):
         default=None, description="file or split to test on; unset: the source's, or a share of it"
     )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=0.2, description="that share")
-    max_train: Annotated[Count | None, OrNone] = Field(default=None, description="use at most so many training samples")
-    max_test: Annotated[Count | None, OrNone] = Field(default=None, description="use at most so many test samples")
+    max_train: Annotated[Count | None, OrNone] = Field(
+        default=None, description="use at most so many training samples; unset: all (of the demo 3200)"
+    )
+    max_test: Annotated[Count | None, OrNone] = Field(
+        default=None, description="use at most so many test samples; unset: all (of the demo 400)"
+    )
     max_tokens: Annotated[int, Field(ge=2)] = Field(default=64, description="cut a sample after so many tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_the_demo(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("source", "demo") == "demo":
+            return {**DEMO_LIMITS, **table}
+        return table
+
+    @property
+    def nothing_is_said(self) -> frozenset[str]:
+        return frozenset(DEMO_LIMITS) if self.source == "demo" else frozenset()
 
 
 class Model(Section):
@@ -86,14 +109,14 @@ class Partition(Section):
 class Train(Section):
     """Rounds, and what a drawn device does in one."""
 
-    rounds: Count = Field(default=12, description="T")
+    rounds: Count = Field(default=14, description="T")
     per_round: Count = Field(default=5, description="S, devices drawn in a round")
     epochs: Count = Field(default=1, description="E, passes of a device over its share of the data")
-    batch_size: Count = Field(default=16, description="samples in a batch")
+    batch_size: Count = Field(default=8, description="samples in a batch")
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="local optimizer; masked rows stand still in both"
     )
-    lr: Positive = Field(default=2e-3, description="learning rate")
+    lr: Positive = Field(default=3e-3, description="learning rate")
     weight_decay: NotNegative = Field(default=0.0, description="decoupled for adamw, added to the gradient for sgd")
     betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), strict=False, description="of adamw")
     momentum: BelowOne = Field(default=0.0, description="of sgd")
@@ -122,7 +145,7 @@ class Curriculum(Section):
     )
     start: Share = Field(default=0.5, description="β, share of the data in round 1")
     end: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.8, description="α, share of the rounds after which all data is used"
+        default=0.6, description="α, share of the rounds after which all data is used"
     )
     p: Positive = Field(default=2.0, description='the root of pacing = "root_p"')
     steps: Count = Field(default=4, description='the number of steps of pacing = "step"')

@@ -157,9 +157,9 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ("stage", "kept"),
     [
         (0, "nothing was written"),
-        (1, "runs/demo keeps 0 of 12 rounds"),
-        (2, "runs/demo keeps 0 of 12 rounds, `fibecfed resume runs/demo` goes on"),
-        (3, "runs/demo keeps 1 of 12 rounds, `fibecfed resume runs/demo` goes on"),
+        (1, "runs/demo keeps 0 of 14 rounds"),
+        (2, "runs/demo keeps 0 of 14 rounds, `fibecfed resume runs/demo` goes on"),
+        (3, "runs/demo keeps 1 of 14 rounds, `fibecfed resume runs/demo` goes on"),
     ],
 )
 def test_an_interrupted_run_exits_with_130_and_says_what_is_kept(simulation: ModuleType, stage: int, kept: str) -> None:

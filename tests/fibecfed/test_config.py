@@ -51,7 +51,7 @@ def test_no_file_and_no_override_is_the_demo_job() -> None:
     config = load_config()
     assert config == RunConfig()
     assert (config.data.source, config.model.source) == ("demo", "demo")
-    assert (config.partition.devices, config.train.rounds, config.train.per_round) == (20, 12, 5)
+    assert (config.partition.devices, config.train.rounds, config.train.per_round) == (20, 14, 5)
 
 
 @pytest.mark.parametrize("overrides", [(), CHANGED], ids=["defaults", "changed"])
@@ -94,8 +94,8 @@ def test_any_valid_configuration_survives_toml(tmp_path_factory: pytest.TempPath
 
 
 def test_unset_keys_are_left_out_of_the_dump_and_shown_as_comments_in_the_description() -> None:
-    assert "max_train" not in dump_config(RunConfig())
-    assert "\n# max_train =" in describe_config(RunConfig())
+    assert "count" not in dump_config(RunConfig())
+    assert "\n# count =" in describe_config(RunConfig())
 
 
 def test_every_key_is_described() -> None:
@@ -139,7 +139,8 @@ def test_an_override_sets_its_key_and_no_other(override: str, key: str, value: A
     config = load_config(None, [override])
     assert value_of(config, key) == value
     assert type(value_of(config, key)) is type(value)
-    others = [other for other in KEYS if other != key]
+    follow = ("data.max_train", "data.max_test") if key == "data.source" else ()  # the demo alone is cut to size
+    others = [other for other in KEYS if other != key and other not in follow]
     assert [value_of(config, other) for other in others] == [value_of(RunConfig(), other) for other in others]
 
 
@@ -306,3 +307,12 @@ def test_a_count_of_layers_is_meant_instead_of_the_default_fraction(tmp_path: Pa
     assert load_config(tmp_path / "job.toml") == config
     by_rule = load_config(None, ["gal.fraction=none"])
     assert (by_rule.gal.count, by_rule.gal.fraction) == (None, None)
+
+
+def test_only_the_demo_is_cut_to_size_and_only_unless_said_otherwise(tmp_path: Path) -> None:
+    assert (RunConfig().data.max_train, RunConfig().data.max_test) == (3200, 400)
+    assert load_config(None, ["data.source=a.csv"]).data.max_train is None
+    whole = load_config(None, ["data.max_train=none", "data.max_test=none"])
+    assert (whole.data.max_train, whole.data.max_test) == (None, None)
+    (tmp_path / "job.toml").write_text(dump_config(whole))
+    assert load_config(tmp_path / "job.toml") == whole

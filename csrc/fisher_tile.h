@@ -1,0 +1,119 @@
+// Included by fisher_kernel.h, once for each instruction set. A product kept in registers while the tokens pass by.
+
+// Accumulators of a register tile: kRows x kVectors registers, as many as leave room for the operands.
+constexpr int kRows = FIBECFED_LANES == 16 ? 8 : 4;
+constexpr int kVectors = 3;
+constexpr int kLanes = FIBECFED_LANES;
+constexpr int kAhead = 16;  // tokens: their rows of the wide operand lie too far apart for the processor to foresee
+
+typedef float Vector __attribute__((vector_size(4 * FIBECFED_LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * FIBECFED_LANES), aligned(4), may_alias));
+
+static inline __attribute__((always_inline)) Vector multiply_add(float a, Vector b, Vector c) {
+#if FIBECFED_LANES == 16
+  return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c);
+#elif FIBECFED_LANES == 8
+  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline __attribute__((always_inline)) Vector read(const float* from) {
+  return *reinterpret_cast<const Unaligned*>(from);
+}
+
+#if FIBECFED_FMA
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+#if FIBECFED_LANES == 16
+static inline __attribute__((always_inline)) Vector read(const Bfloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+static inline __attribute__((always_inline)) Vector read(const Float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#else
+static inline __attribute__((always_inline)) Vector read(const Bfloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+static inline __attribute__((always_inline)) Vector read(const Float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+#endif
+
+// product (kRows x kVectors registers, row stride kStrip) = or += thin[t, row] * wide[t, column] summed over the
+// tokens.
+template <class Element, int rows, int vectors>
+static void register_tile(
+    int64_t tokens, const float* thin, int64_t thin_stride, const void* first_wide, int64_t wide_stride, float* product,
+    bool first) {
+  const Element* wide = static_cast<const Element*>(first_wide);
+  Vector sum[rows][vectors] = {};
+  for (int64_t t = 0; t < tokens; ++t) {
+    Vector w[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      w[v] = read(wide + v * kLanes);
+      __builtin_prefetch(wide + kAhead * wide_stride + v * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add(thin[i], w[v], sum[i][v]);
+    }
+    thin += thin_stride;
+    wide += wide_stride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * kStrip + v * kLanes);
+      *out = first ? sum[i][v] : *out + sum[i][v];
+    }
+  }
+}
+
+typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, bool);
+
+template <class Element, int vectors>
+static inline RegisterTile tile_of_rows(int rows) {
+  switch (rows) {
+    case 1: return register_tile<Element, 1, vectors>;
+    case 2: return register_tile<Element, 2, vectors>;
+    case 3: return register_tile<Element, 3, vectors>;
+#if FIBECFED_LANES == 16
+    case 4: return register_tile<Element, 4, vectors>;
+    case 5: return register_tile<Element, 5, vectors>;
+    case 6: return register_tile<Element, 6, vectors>;
+    case 7: return register_tile<Element, 7, vectors>;
+#endif
+    default: return register_tile<Element, kRows, vectors>;
+  }
+}
+
+template <class Element>
+static inline RegisterTile tile_of(int rows, int64_t vectors) {
+  return vectors == 1   ? tile_of_rows<Element, 1>(rows)
+         : vectors == 2 ? tile_of_rows<Element, 2>(rows)
+                        : tile_of_rows<Element, 3>(rows);
+}
+
+static inline RegisterTile tile_of(Dtype dtype, int rows, int64_t vectors) {
+#if FIBECFED_FMA
+  if (dtype == Dtype::bfloat16) return tile_of<Bfloat16>(rows, vectors);
+  if (dtype == Dtype::float16) return tile_of<Float16>(rows, vectors);
+#endif
+  return tile_of<float>(rows, vectors);
+}
