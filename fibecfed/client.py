@@ -115,7 +115,7 @@ class Client:
         live = self.config.curriculum.live and self.needs_scores
         lengths = self.train_set.lengths[device.train] if settings.group_by_length else None
         lowest = neurons.lowest_active_layer(mask, self._rows)
-        optimizer = self._optimizer(mask.to(self.flat.data.device))
+        optimizer = self._optimizer(mask.to(self.flat.data.device), self._learning_rate(round_))
         total, samples = 0.0, 0
         diagonal: dict[str, Tensor] = {}
         with torch.random.fork_rng(), _training(self.model), nullcontext() if live else frozen_below(self.flat, lowest):
@@ -149,11 +149,17 @@ class Client:
             return curriculum.stratified_order(device.scores, self.train_set.labels[device.train], chosen.order)
         return curriculum.order(device.scores, chosen.order)
 
-    def _optimizer(self, mask: Tensor) -> MaskedAdamW | MaskedSGD:
+    def _learning_rate(self, round_: int) -> float:
+        settings = self.config.train
+        if settings.lr_decay == "none":
+            return settings.lr
+        return settings.lr * (settings.rounds - round_ + 1) / settings.rounds
+
+    def _optimizer(self, mask: Tensor, lr: float) -> MaskedAdamW | MaskedSGD:
         settings = self.config.train
         if settings.optimizer == "sgd":
-            return MaskedSGD(self.flat, mask, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-        return MaskedAdamW(self.flat, mask, settings.lr, settings.betas, weight_decay=settings.weight_decay)
+            return MaskedSGD(self.flat, mask, lr, settings.momentum, weight_decay=settings.weight_decay)
+        return MaskedAdamW(self.flat, mask, lr, settings.betas, weight_decay=settings.weight_decay)
 
     def _step(
         self, optimizer: MaskedAdamW | MaskedSGD, samples: np.ndarray, live: bool

@@ -116,7 +116,10 @@ class Train(Section):
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="local optimizer; masked rows stand still in both"
     )
-    lr: Positive = Field(default=3e-3, description="learning rate")
+    lr: Positive = Field(default=4e-3, description="learning rate, of round 1 where it decays")
+    lr_decay: Literal["linear", "none"] = Field(
+        default="linear", description="linear: lr·(T − t + 1)/T in round t, so that the last devices drawn sway less"
+    )
     weight_decay: NotNegative = Field(default=0.0, description="decoupled for adamw, added to the gradient for sgd")
     betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), strict=False, description="of adamw")
     momentum: BelowOne = Field(default=0.0, description="of sgd")

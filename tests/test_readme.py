@@ -1,0 +1,41 @@
+"""What the README says is so: its example runs as written, its table is the recorded run's."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from benchmarks.readme import DEMO, ROOT, in_step
+from fibecfed import FlatAdapter
+from fibecfed.record import read_record
+from tests.fibecfed.tiny import batch, tiny
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_that_of_the_recorded_run() -> None:
+    assert in_step(README, read_record(DEMO)) == README
+
+
+def test_the_recorded_run_reached_its_marks() -> None:
+    end = read_record(DEMO).end
+    assert end is not None
+    assert end.global_accuracy >= end.majority + 0.12  # type: ignore[operator]
+    assert end.personal_accuracy >= end.personal_majority + 0.05  # type: ignore[operator]
+
+
+def test_the_example_runs_as_written() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = tiny("bert")
+    rows = FlatAdapter(tiny("bert")).num_rows
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[::3] = True
+    names: dict[str, object] = {"model": model, "batch": batch(), "mask": mask, "data": range(400)}
+    first, rest = example.split("plan.scatter_")
+    exec(first, names)
+    names["other"] = names["message"]
+    before = names["flat"].data.detach().clone()  # type: ignore[attr-defined]
+    exec("plan.scatter_" + rest, names)
+    torch.testing.assert_close(names["flat"].data.detach(), before, rtol=0.01, atol=1e-6)  # type: ignore[attr-defined]
+    assert names["fisher"].scores.shape == (5,)  # type: ignore[attr-defined]
