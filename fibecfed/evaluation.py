@@ -1,8 +1,38 @@
-"""Classification measures: accuracy, and beside it Matthews correlation and F1 where there are two classes."""
+"""How good the models are: global and personal accuracy, and beside it Matthews correlation and F1."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+
+from .client import Client
+from .federation import Federation
+from .server import LocalStore, Server, weighted_mean
+
+
+def evaluate(
+    fed: Federation, client: Client, server: Server, store: LocalStore, on_phase: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Global accuracy (local layers at their initial value) and metrics; personal accuracy if the configuration asks.
+
+    Personal: each device's own model, GAL and head from the server with its own local layers, on its own test samples,
+    weighted by n_k. Returns the fields of a RoundRecord.
+    """
+    labels = fed.task.test.labels
+    server.put()
+    store.reset()
+    measured = measures(labels, client.predict(np.arange(len(labels))), len(fed.task.classes))
+    found: dict[str, Any] = {"global_accuracy": measured.pop("accuracy"), "global_metrics": measured}
+    if fed.config.eval.personal:
+        own = []
+        for device in fed.devices:
+            on_phase("evaluate", device.index + 1, len(fed.devices))
+            store.load(device.index)
+            own.append(float((client.predict(device.test) == labels[device.test]).mean()))
+        found["personal_accuracy"] = weighted_mean(own, fed.sizes)
+    return found
 
 
 def measures(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:

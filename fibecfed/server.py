@@ -12,6 +12,7 @@ from torch import Tensor
 from fibecfed_kernels import WirePlan, aggregate
 
 from .adapter import FlatAdapter
+from .sections import Wire
 from .seeds import stream
 
 
@@ -85,3 +86,9 @@ class LocalStore:
 def weighted_mean(values: Sequence[float], weights: Sequence[int] | np.ndarray) -> float:
     """Σ_k w_k v_k / Σ_k w_k."""
     return float(np.average(np.asarray(values, dtype=np.float64), weights=np.asarray(weights, dtype=np.float64)))
+
+
+def link_seconds(wire: Wire, nbytes: int) -> float:
+    """Modelled seconds of a round's exchange: the devices in parallel, each one message of ``nbytes`` down and one
+    up."""
+    return 2 * wire.latency_ms / 1e3 + 8 * nbytes * (1 / wire.up_mbit + 1 / wire.down_mbit) / 1e6

@@ -13,7 +13,7 @@ from . import curriculum
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from .client import Client, Device, TrainResult
 from .config import RunConfig, dump_config
-from .evaluation import measures
+from .evaluation import evaluate
 from .export import export_adapter
 from .federation import Federation, build
 from .initialization import Choice, choose_layers, neuron_shares, score_all
@@ -32,7 +32,7 @@ from .record import (
     read_record,
     rewrite_record,
 )
-from .server import LocalStore, Server, weighted_mean
+from .server import LocalStore, Server, link_seconds, weighted_mean
 from .stopwatch import Stopwatch
 
 
@@ -208,7 +208,10 @@ class _Simulation:
         with self.watch.phase("aggregate"):
             self.server.average(uploads(broadcast), [device.size for device in drawn], t)
         evaluated = t % config.eval.every == 0 or t == config.train.rounds
-        accuracies = self._evaluate() if evaluated else {}
+        accuracies: dict[str, Any] = {}
+        if evaluated:
+            with self.watch.phase("evaluate"):
+                accuracies = evaluate(self.fed, self.client, self.server, self.store, self.observer.on_phase)
         up, down = len(drawn) * plan.nbytes, len(drawn) * plan.nbytes
         samples = sum(result.samples for result in results)
         return RoundRecord(
@@ -223,7 +226,7 @@ class _Simulation:
             bytes_up=up,
             bytes_down=down,
             seconds=self.watch.take(),
-            modelled_seconds=self._link_seconds(plan.nbytes),
+            modelled_seconds=link_seconds(config.wire, plan.nbytes),
             elapsed=self.watch.elapsed,
             **accuracies,
         )
@@ -267,32 +270,6 @@ class _Simulation:
         if not np.isfinite(result.loss):
             raise FloatingPointError(f"round {t}, device {device.index}: the loss is {result.loss}; lower train.lr")
         return result
-
-    def _link_seconds(self, nbytes: int) -> float:
-        """Modelled time of a round's exchange: devices in parallel, each down and up once at the configured link."""
-        wire = self.config.wire
-        return 2 * wire.latency_ms / 1e3 + 8 * nbytes * (1 / wire.up_mbit + 1 / wire.down_mbit) / 1e6
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def _evaluate(self) -> dict[str, Any]:
-        """Global accuracy (local layers at their initial value) and personal accuracy (each device's own model)."""
-        fed = self.fed
-        labels, classes = fed.task.test.labels, len(fed.task.classes)
-        with self.watch.phase("evaluate"):
-            self.server.put()
-            self.store.reset()
-            predicted = self.client.predict(np.arange(len(labels)))
-            measured = measures(labels, predicted, classes)
-            found: dict[str, Any] = {"global_accuracy": measured.pop("accuracy"), "global_metrics": measured}
-            if self.config.eval.personal:
-                found["personal_accuracy"] = weighted_mean([self._own_accuracy(d) for d in fed.devices], fed.sizes)
-        return found
-
-    def _own_accuracy(self, device: Device) -> float:
-        self.observer.on_phase("evaluate", device.index + 1, len(self.fed.devices))
-        self.store.load(device.index)
-        return float((self.client.predict(device.test) == self.fed.task.test.labels[device.test]).mean())
 
     # -- end -----------------------------------------------------------------------------------------------------
 

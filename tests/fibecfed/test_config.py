@@ -298,21 +298,3 @@ def test_a_configuration_is_frozen() -> None:
 )
 def test_a_run_is_named_after_data_and_model(overrides: tuple[str, ...], name: str) -> None:
     assert load_config(None, overrides).run_name == name
-
-
-def test_a_count_of_layers_is_meant_instead_of_the_default_fraction(tmp_path: Path) -> None:
-    config = load_config(None, ["gal.count=2"])
-    assert (config.gal.count, config.gal.fraction) == (2, None)
-    (tmp_path / "job.toml").write_text(dump_config(config))
-    assert load_config(tmp_path / "job.toml") == config
-    by_rule = load_config(None, ["gal.fraction=none"])
-    assert (by_rule.gal.count, by_rule.gal.fraction) == (None, None)
-
-
-def test_only_the_demo_is_cut_to_size_and_only_unless_said_otherwise(tmp_path: Path) -> None:
-    assert (RunConfig().data.max_train, RunConfig().data.max_test) == (3200, 400)
-    assert load_config(None, ["data.source=a.csv"]).data.max_train is None
-    whole = load_config(None, ["data.max_train=none", "data.max_test=none"])
-    assert (whole.data.max_train, whole.data.max_test) == (None, None)
-    (tmp_path / "job.toml").write_text(dump_config(whole))
-    assert load_config(tmp_path / "job.toml") == whole
