@@ -1,0 +1,26 @@
+"""CRC32C (Castagnoli, polynomial 0x1EDC6F41, reflected) in plain torch, for the wire's reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def crc32c(part: Tensor) -> int:
+    """CRC32C of uint8 (n,) by a tree: it is linear, so crc(a b) = crc(a followed by |b| zero bytes) xor crc(b)."""
+    head = part[:4].long() ^ 255  # the register's start value is the same as the first four bytes inverted
+    crc, byte = torch.cat([head, part[4:].long()]), torch.arange(256)
+    for _ in range(8):
+        byte = (byte >> 1) ^ ((byte & 1) * 0x82F63B78)
+    crc = byte[crc]
+    zeros = torch.stack([byte, *((torch.arange(256) << 8 * j) for j in range(3))])  # followed by one zero byte
+    while len(crc) > 1:
+        crc = torch.cat([crc.new_zeros(len(crc) % 2), crc]).view(-1, 2)
+        crc = _mapped(zeros, crc[:, 0]) ^ crc[:, 1]
+        zeros = _mapped(zeros, zeros)
+    unmet = 0xFFFFFFFF >> 8 * len(head)  # what of the start value met no byte is still there
+    return int(crc.sum()) ^ 0xFFFFFFFF ^ unmet
+
+
+def _mapped(table: Tensor, crc: Tensor) -> Tensor:
+    return table[0][crc & 255] ^ table[1][crc >> 8 & 255] ^ table[2][crc >> 16 & 255] ^ table[3][crc >> 24 & 255]
