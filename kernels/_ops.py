@@ -6,13 +6,13 @@ the extension is missing the reference serves the CPU. Mutating ops return ``()`
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._backend import HAS_CPP, HAS_TRITON
+from ._dispatch import module_of
 
 SCHEMAS = {
     "fisher_diag": "(Tensor x, Tensor grad_y, Tensor? cu_seqlens, bool weight_grad) -> (Tensor, Tensor, Tensor)",
@@ -34,16 +34,11 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
 
 
-def _family(name: str) -> str:
-    return "fisher" if "fisher" in name else "update" if name.startswith("masked") else "wire"
-
-
 def _register_python_body(name: str, body: str, key: str) -> None:
     """Register ``fibecfed_kernels.<family>.<body>.<name>`` for a dispatch key, imported at the first call."""
 
     def call(*args: Any) -> Any:
-        module = importlib.import_module(f".{_family(name)}.{body}", __package__)
-        return getattr(module, name)(*args)
+        return getattr(module_of(name, body), name)(*args)
 
     _library.impl(name, call, key)
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
-from .._backend import body_for
-from . import reference
+from .._dispatch import run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,15 +57,7 @@ def fisher_diag(
     """
     _check_pair("x", x, "grad_y", grad_y, cu_seqlens)
     args = (x.detach(), grad_y.detach(), cu_seqlens, weight_grad)
-    match body_for(x):
-        case "reference":
-            scores, diag, grad = reference.fisher_diag(*args)
-        case "triton" if not torch.compiler.is_compiling():
-            from . import triton as body  # importing Triton costs time that CPU users need not pay
-
-            scores, diag, grad = body.fisher_diag(*args)  # past the Python op boundary: ~60 µs a call on the host
-        case _:
-            scores, diag, grad = torch.ops.fibecfed.fisher_diag(*args)
+    scores, diag, grad = run("fisher_diag", x, *args)
     return FisherDiag(scores, diag, grad if weight_grad else None)
 
 
@@ -131,15 +122,7 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
         cu_seqlens,
         weight_grad,
     )
-    match body_for(x):
-        case "reference":
-            scores, diag, grad = reference.lora_fisher_diag(*args)
-        case "triton" if not torch.compiler.is_compiling():
-            from . import triton as body
-
-            scores, diag, grad = body.lora_fisher_diag(*args)
-        case _:
-            scores, diag, grad = torch.ops.fibecfed.lora_fisher_diag(*args)
+    scores, diag, grad = run("lora_fisher_diag", x, *args)
     results = []
     offset = 0
     for i, (h_m, grad_y_m) in enumerate(zip(hs, grad_ys, strict=True)):

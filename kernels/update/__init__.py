@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
-from .._backend import body_for
-from . import reference
+from .._dispatch import run
 
 
 def masked_adamw_(
@@ -50,7 +47,8 @@ def masked_adamw_(
     _check_hyper("betas", betas, 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0, "both in [0, 1)")
     _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, float(lr), beta1, beta2, eps, float(weight_decay))
-    _dispatch("masked_adamw_", args)
+    with torch.no_grad():
+        run("masked_adamw_", data, *args)
     _changed(data, exp_avg, exp_avg_sq, steps)
 
 
@@ -91,21 +89,9 @@ def masked_sgd_(
     else:
         _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad, momentum_buffer=momentum_buffer)
     hyper = (float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov))
-    _dispatch("masked_sgd_", (data, grad, momentum_buffer, steps, mask, layout, *hyper))
-    _changed(data, momentum_buffer, steps)
-
-
-def _dispatch(name: str, args: tuple[Any, ...]) -> None:
     with torch.no_grad():
-        match body_for(args[0]):
-            case "reference":
-                getattr(reference, name)(*args)
-            case "triton" if not torch.compiler.is_compiling():
-                from . import triton as body
-
-                getattr(body, name)(*args)  # past the Python op boundary: ~60 µs a call on the host
-            case _:
-                getattr(torch.ops.fibecfed, name)(*args)
+        run("masked_sgd_", data, data, grad, momentum_buffer, steps, mask, layout, *hyper)
+    _changed(data, momentum_buffer, steps)
 
 
 def _changed(*tensors: Tensor) -> None:

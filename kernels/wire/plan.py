@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._dispatch import run
 from ..layout import Entry, FlatBuffers, row_layout
-from .dispatch import crc32c, digest, run
+from .digest import crc32c, digest
 from .errors import ChecksumError, NotFiniteError, RangeError, RoundError
 from .format import ALIGNMENT, DIGITS, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fibecfed_kernels.wire.dispatch as dispatch
+import fibecfed_kernels.wire.digest as checksums
 from fibecfed_kernels import WirePlan, use_backend
 from fibecfed_kernels._backend import HAS_CPP
 from fibecfed_kernels.wire import reference
@@ -147,7 +147,7 @@ def test_crc32c_of_the_standards_examples(body: str) -> None:
         bytes(range(31, -1, -1)): 0x113FDB5C,
     }
     with use_backend(body):
-        assert {data: dispatch.crc32c(data) for data in examples} == examples
+        assert {data: checksums.crc32c(data) for data in examples} == examples
 
 
 @needs_cpp
@@ -180,10 +180,10 @@ def test_one_value_that_is_not_finite_is_found_anywhere(body: str, dtype: torch.
     raw = values.view(torch.uint8)
     ranges = torch.tensor([[0, len(raw), kind]])
     with use_backend(body):
-        assert dispatch.digest(raw, ranges)[1] == [False]
+        assert checksums.digest(raw, ranges)[1] == [False]
         for at in (0, 1, 63, count // 2, *(at for at in (1535, 1536, 3071, 3072) if at < count), count - 1):
             kept, values[at] = values[at].clone(), value
-            assert dispatch.digest(raw, ranges)[1] == [True]
+            assert checksums.digest(raw, ranges)[1] == [True]
             values[at] = kept
 
 

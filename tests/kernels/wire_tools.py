@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import Entry, WirePlan
-from fibecfed_kernels.wire.dispatch import crc32c
+from fibecfed_kernels.wire.digest import crc32c
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 Shapes = Sequence[tuple[int | None, tuple[int, ...]]]

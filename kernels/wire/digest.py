@@ -1,8 +1,6 @@
-"""From a wire op's name to the body that runs it."""
+"""Checksums of bytes in host memory, by whichever body runs there."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +8,6 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
 from .._backend import body_for
 from . import reference
-
-
-def run(name: str, device_of: Tensor, *args: Any) -> None:
-    """Run the op ``name``, which changes some of its arguments, where ``device_of`` is."""
-    match body_for(device_of):
-        case "reference":
-            getattr(reference, name)(*args)
-        case "triton" if not torch.compiler.is_compiling():
-            from . import triton as body  # importing Triton costs time that CPU users need not pay
-
-            getattr(body, name)(*args)  # past the Python op boundary: ~60 µs a call on the host
-        case _:
-            getattr(torch.ops.fibecfed, name)(*args)
 
 
 def digest(buffer: Tensor, ranges: Tensor) -> tuple[list[int], list[bool]]:
