@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from fibecfed.config import RunConfig
 from fibecfed.progress import RichObserver
 from fibecfed.report import (
     common_target,
@@ -169,7 +170,7 @@ def test_a_comparison_chooses_a_target_and_lists_the_settings_that_differ() -> N
 
 def test_differences_name_changed_keys_alone() -> None:
     configs = [run_record((0.6,), *changes).config for changes in ((), ("name=b", "out=x", "seed=7"), ("train.lr=1",))]
-    assert differences(configs) == {"seed": [42, 7, 42], "train.lr": [2e-3, 2e-3, 1.0]}
+    assert differences(configs) == {"seed": [42, 7, 42], "train.lr": [RunConfig().train.lr, RunConfig().train.lr, 1.0]}
     assert differences(configs[:1]) == {}
 
 
