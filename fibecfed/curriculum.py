@@ -107,8 +107,7 @@ def stratified_order(scores: Tensor | ArrayLike, labels: Tensor | ArrayLike, nam
     """:func:`order` inside every class, the classes interleaved in proportion [ours]: int64 (N,).
 
     A sample's key is its relative rank (rank + ½)/N_c among the N_c samples of its class, so any first share of the
-    order holds about that share of every class. Without it, scores taken before training rank by class rather than by
-    difficulty (an untrained head finds all samples of one class easy), and easy first means one class first.
+    order holds about that share of every class: the curriculum does not change a device's label mix.
 
     Raises ValueError as :func:`order`, and for labels (N,) of another length.
     """

@@ -141,7 +141,7 @@ class Curriculum(Section):
     )
     stratified: bool = Field(
         default=True,
-        description="order inside every class, so that easy first is not one class first; false: the paper's",
+        description="order inside every class, so that the share keeps the label mix; false: the paper's",
     )
     pacing: Literal["linear", "sqrt", "root_p", "quadratic", "exponential", "log", "step", "geometric", "none"] = Field(
         default="linear", description="how the share grows with the rounds; the paper's is linear"
