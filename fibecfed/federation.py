@@ -10,7 +10,7 @@ import torch
 from .adapter import FlatAdapter
 from .batches import Encoded, encode
 from .client import Device
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 from .data import Task, load_task
 from .models import LoadedModel, load_model
 from .partition import partition, split_like
@@ -110,7 +110,12 @@ def build(config: RunConfig) -> Federation:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA when there is one, else the CPU; anything else is what torch.device takes."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch device of a name; "auto": CUDA if there is one, else the CPU. Raises ConfigError for one not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch has no one error for it
+        raise ConfigError(f"device = {name!r}: not to be had here ({str(error).splitlines()[0]})") from None
+    return device

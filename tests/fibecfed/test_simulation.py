@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fibecfed.checkpoint import CHECKPOINT_FILE
 from fibecfed.client import frozen_below
-from fibecfed.config import RunConfig, load_config
+from fibecfed.config import ConfigError, RunConfig, load_config
 from fibecfed.federation import build
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RecordError, RunRecord, SilentObserver, read_record, without_timings
@@ -258,6 +258,13 @@ def test_nothing_is_written_when_the_data_does_not_fit(sources: tuple[Path, Path
     too_many = replace_devices(config(sources, tmp_path / "out"), 100)
     with pytest.raises(ValueError, match="100"):
         run(too_many)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
+def test_a_device_that_is_not_there_is_refused_by_name(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device = 'cuda'"):
+        run(config(sources, tmp_path / "out", "device=cuda"))
     assert not (tmp_path / "out").exists()
 
 
