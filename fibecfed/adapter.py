@@ -53,12 +53,15 @@ class FlatAdapter:
         entries: one :class:`fibecfed_kernels.Entry` a parameter. layers: block indices, ascending.
         num_rows: number of rows (neurons). layout: int64 (lines, 4) for the update ops.
 
-    Raises ValueError when nothing is trainable, parameters are spread over devices, or two stacks of blocks (an encoder
-    and a decoder) would share indices. Anything that breaks the views later (``.to()``, ``.half()``, re-assigned
-    parameters, ``model.zero_grad()``) raises :class:`BrokenViewsError` at the next use; see :meth:`check`.
+    Raises TypeError for what is no model; ValueError when nothing is trainable, parameters are spread over devices, or
+    two stacks of blocks (an encoder and a decoder) would share indices. Anything that breaks the views later
+    (``.to()``, ``.half()``, re-assigned parameters, ``model.zero_grad()``) raises :class:`BrokenViewsError` at the next
+    use; see :meth:`check`.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: {type(model).__name__}, wanted a torch.nn.Module")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: no trainable parameter; wrap it with peft.get_peft_model first")

@@ -8,18 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from .config import RunConfig, describe_config, load_config
-from .record import Observer, RunRecord, read_record
+from .record import Observer, RunRecord, check_out, read_record
 
 app = typer.Typer(
     name="fibecfed",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click does
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,6 +79,7 @@ def run(
         if print_config:
             typer.echo(describe_config(config), nl=False)
             return
+        check_out(config.out)  # here too, since torch and transformers take seconds to import
         from .simulation import run as simulate
 
         _follow(lambda observer: simulate(config, observer=observer))
@@ -89,6 +92,7 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     RUN_DIR is its folder. The result is what the run would have given without the interruption, times aside.
     """
     with _user_errors():
+        read_record(folder)  # here too, since torch and transformers take seconds to import
         from .simulation import resume as simulate
 
         _follow(lambda observer: simulate(folder, observer=observer))
@@ -176,8 +180,19 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The entry point ``fibecfed``."""
-    app()
+    """The entry point ``fibecfed``: a mistake in the command itself is one line too, not a box of several."""
+    try:
+        code = app(standalone_mode=False)
+    except click.UsageError as error:
+        code = error.exit_code
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
+            error.show()
+        else:
+            where = error.ctx.command_path if error.ctx is not None else "fibecfed"
+            typer.echo(f"fibecfed: {' '.join(error.format_message().split())} (see `{where} --help`)", err=True)
+    except click.Abort:
+        code = 130
+    sys.exit(code)
 
 
 def _config(job: Path | None, settings: list[str] | None, short: dict[str, str | None]) -> RunConfig:

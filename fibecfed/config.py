@@ -89,7 +89,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
         return RunConfig.model_validate(table)
     except ValidationError as error:
         errors = error.errors()
-    key, message = _explain(errors[0], list(overridden))
+    key, message = _explain(errors[0], table, list(overridden))
     origin = f"--set {overridden[key]}: " if key in overridden else f"{path}: " if path is not None else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise ConfigError(" ".join(f"{origin}{message}{more}".split("\n")))
@@ -195,15 +195,18 @@ def _put(table: dict[str, Any], key: str, value: Any, override: str) -> None:
     table[leaf] = value
 
 
-def _explain(error: Any, overridden: Sequence[str]) -> tuple[str, str]:
-    """The key that a pydantic error is about, and one line about it."""
+def _explain(error: Any, table: dict[str, Any], overridden: Sequence[str]) -> tuple[str, str]:
+    """The key that a pydantic error about ``table`` is about, and one line about it."""
     known = dict(_fields())
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         key = next((whole for whole in overridden if whole.startswith(f"{key}.")), key)
         nearest = _nearest(key, list(known))
-        return key, f"{key} is no known key" + (f"; did you mean {nearest}?" if nearest else "")
+        section = key.rpartition(".")[0]
+        leaves = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
+        hint = f"; did you mean {nearest}?" if nearest else f"; {section} has {', '.join(leaves)}" if leaves else ""
+        return key, f"{key} is no known key{hint}"
     while location and ".".join(location) not in known:
         location.pop()  # the path goes on into lists and unions
     key = ".".join(location)
@@ -220,9 +223,14 @@ def _explain(error: Any, overridden: Sequence[str]) -> tuple[str, str]:
             wanted = f"at least {error['ctx']['min_length']} value(s)"
         case "too_long":
             wanted = f"at most {error['ctx']['max_length']} value(s)"
+        case "string_too_short":
+            wanted = "a text that is not empty"
         case _:
             wanted = " ".join(str(error["msg"]).split()).removeprefix("Input should be ")
-    return key, f"{key} = {_shown(error['input'])}: wanted {wanted}"
+    value: Any = table  # not error["input"], which of a list may be one element
+    for part in location:
+        value = value[part] if isinstance(value, dict) and part in value else error["input"]
+    return key, f"{key} = {_shown(value)}: wanted {wanted}"
 
 
 def _shown(value: Any) -> str:
@@ -233,9 +241,11 @@ def _nearest(key: str, known: list[str]) -> str | None:
     """The known key that ``key`` was meant to be: in its own section, of nearly the same spelling, or the same name in
     another section."""
     section, _, leaf = key.rpartition(".")
+    known = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]  # a section is no key
     leaves = {name.rpartition(".")[2]: name for name in known}
     own = {name.rpartition(".")[2]: name for name in known if section and name.startswith(f"{section}.")}
-    for word, candidates in ((leaf, own), (key, dict(zip(known, known, strict=True))), (leaf, leaves)):
+    whole = {} if own else dict(zip(known, known, strict=True))  # of a known section, its own keys are meant
+    for word, candidates in ((leaf, own), (key, whole), (leaf, leaves)):
         if close := difflib.get_close_matches(word, list(candidates), n=1):
             return candidates[close[0]]
     return None

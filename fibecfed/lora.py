@@ -33,6 +33,8 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     convolution, quantised), DoRA and other variants, merged, disabled or inactive adapters, a LoRA bias, a frozen A or
     B, a weight shared by two modules. ValueError when there is no LoRA module at all.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, wanted a PEFT model (a torch.nn.Module with LoRA)")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("model: no LoRA module found; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import masked_adamw_, masked_sgd_
+from fibecfed_kernels.update import check_adamw, check_sgd
 
 from .adapter import FlatAdapter
 
@@ -25,6 +26,8 @@ class _Masked(torch.optim.Optimizer):
         super().__init__([flat.data], {**defaults, "mask": self._checked(rows)})
 
     def _checked(self, mask: Tensor) -> Tensor:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: {type(mask).__name__}, wanted a torch.bool tensor ({self.flat.num_rows},)")
         if mask.dtype != torch.bool or tuple(mask.shape) != (self.flat.num_rows,):
             raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}, wanted torch.bool ({self.flat.num_rows},)")
         return mask.to(self.flat.data.device).clone()
@@ -89,7 +92,8 @@ class MaskedAdamW(_Masked):
     Args:
         flat: the adapter. mask: bool (num_rows,), None: all rows. lr, betas, eps, weight_decay: as torch.optim.AdamW.
 
-    Raises ValueError for a mask of another shape or hyper-parameters out of range (at the step).
+    Raises TypeError or ValueError, naming the argument, for a mask of another shape or hyper-parameters out of range
+    (what a scheduler sets later is checked at the step).
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class MaskedAdamW(_Masked):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
+        check_adamw(lr, betas, eps, weight_decay)
         super().__init__(flat, mask, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -135,6 +140,7 @@ class MaskedSGD(_Masked):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
+        check_sgd(lr, momentum, dampening, weight_decay, nesterov)
         hyper = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(flat, mask, {"lr": lr, **hyper})
 

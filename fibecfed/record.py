@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from .config import RunConfig, load_config
+from .config import ConfigError, RunConfig, load_config
 from .phases import PHASES, EndRecord, Histogram, InitRecord, Phase, RoundRecord
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "RoundRecord",
     "RunRecord",
     "SilentObserver",
+    "check_out",
     "from_json",
     "labels",
     "new_run_dir",
@@ -144,6 +145,16 @@ class RecordWriter:
         self.close()
 
 
+def check_out(out: Path | str) -> None:
+    """Refuse, before any work, an ``out`` in which no folder could be made. Raises ConfigError."""
+    path = Path(out)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out = {str(out)!r}: {there} is a file, wanted a folder for the runs")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out = {str(out)!r}: {there} cannot be written to")
+
+
 def new_run_dir(out: Path | str, name: str) -> Path:
     """Make the folder ``out``/``name``, or the first free one of name-2, name-3, …: no run overwrites another."""
     parent = Path(out)
@@ -160,15 +171,16 @@ def new_run_dir(out: Path | str, name: str) -> Path:
 
 
 def read_record(run_dir: Path | str) -> RunRecord:
-    """Read a run's folder. A cut last line is left out and said in ``notes``.
+    """Read a run's folder. A cut last line behind good ones is left out and said in ``notes``.
 
     Raises:
-        RecordError: no such folder or file, a damaged line before the last, rounds out of order.
+        RecordError: no such folder or file, a damaged line before the last, no good line at all, rounds out of order.
         ConfigError: config.toml does not fit.
     """
     path = Path(run_dir)
     if not path.is_dir():
-        raise RecordError(f"{path}: no such folder, wanted the folder of a run")
+        problem = "is a file" if path.exists() else "no such folder"
+        raise RecordError(f"{path}: {problem}, wanted the folder of a run")
     for name in (CONFIG_FILE, RECORD_FILE):
         if not (path / name).is_file():
             raise RecordError(f"{path / name}: no such file, wanted the folder of a run")
@@ -179,7 +191,7 @@ def read_record(run_dir: Path | str) -> RunRecord:
         try:
             entry = from_json(line)
         except RecordError as error:
-            if number < len(lines):
+            if number < len(lines) or number == 1:
                 raise RecordError(f"{where}: {error}") from None
             return replace(record, notes=(f"{where} is cut off or damaged and was left out",))
         try:

@@ -196,10 +196,13 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    shown = not datasets.utils.are_progress_bars_disabled()
+    """No progress bars, and no log line about a file that cannot be read: the error that is raised says it."""
+    shown, level = not datasets.utils.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -98,8 +98,10 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
 
     Raises: as :func:`fisher_diag`.
     """
-    several = not isinstance(h, Tensor)
-    hs, grad_hs, grad_ys = (list(t) if several else [t] for t in (h, grad_h, grad_y))
+    several = isinstance(h, (list, tuple))
+    hs, grad_hs, grad_ys = (
+        _modules(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
+    )
     if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
         raise ValueError(
             f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, "
@@ -142,6 +144,15 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
     return results if several else results[0]
 
 
+def _modules(name: str, given: Tensor | Sequence[Tensor], several: bool) -> list[Tensor]:
+    """One tensor a module; a tensor among lists would be taken apart sample by sample."""
+    if not several:
+        return [cast(Tensor, given)]  # _check_pair refuses what is no tensor
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name}: {type(given).__name__}, wanted a list of tensors since h is one")
+    return list(given)
+
+
 def _describe(t: Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape)} on {t.device}"
 
@@ -168,6 +179,8 @@ def _check_pair(x_name: str, x: Tensor, grad_name: str, grad: Tensor, cu_seqlens
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,) on {x.device}")
     if (
         cu_seqlens.dtype != torch.int32
         or cu_seqlens.dim() != 1

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
 from .._dispatch import run
+from .hyper import check_adamw, check_sgd
 
 
 def masked_adamw_(
@@ -42,11 +43,10 @@ def masked_adamw_(
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or hyper-parameter.
     """
-    beta1, beta2 = betas
-    _check_hyper("eps", eps, eps >= 0.0, "eps ≥ 0")
-    _check_hyper("betas", betas, 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0, "both in [0, 1)")
-    _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, float(lr), beta1, beta2, eps, float(weight_decay))
+    check_adamw(lr, betas, eps, weight_decay)
+    _check_tensors(data, steps, mask, layout, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    hyper = map(float, (lr, *betas, eps, weight_decay))
+    args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, *hyper)
     with torch.no_grad():
         run("masked_adamw_", data, *args)
     _changed(data, exp_avg, exp_avg_sq, steps)
@@ -77,17 +77,14 @@ def masked_sgd_(
     Args: as :func:`masked_adamw_`; ``momentum_buffer`` float32 (numel,), or None when ``momentum`` is 0.
     Raises: as :func:`masked_adamw_`.
     """
-    _check_hyper("momentum", momentum, momentum >= 0.0, "momentum ≥ 0")
-    _check_hyper(
-        "nesterov", nesterov, not nesterov or (momentum > 0.0 and dampening == 0.0), "momentum > 0 and dampening 0"
-    )
+    check_sgd(lr, momentum, dampening, weight_decay, nesterov)
     if momentum_buffer is None:
+        _check_tensors(data, steps, mask, layout, grad=grad)
         if momentum != 0.0:
             raise ValueError(f"momentum_buffer: None, wanted float32 ({data.numel()},) since momentum is {momentum}")
-        _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad)
         momentum_buffer = data.new_empty(0)
     else:
-        _check_common(lr, weight_decay, data, steps, mask, layout, grad=grad, momentum_buffer=momentum_buffer)
+        _check_tensors(data, steps, mask, layout, grad=grad, momentum_buffer=momentum_buffer)
     hyper = (float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov))
     with torch.no_grad():
         run("masked_sgd_", data, data, grad, momentum_buffer, steps, mask, layout, *hyper)
@@ -100,17 +97,12 @@ def _changed(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-def _check_hyper(name: str, value: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}: {value}, wanted {wanted}")
-
-
-def _check_common(
-    lr: float, weight_decay: float, data: Tensor, steps: Tensor, mask: Tensor, layout: Tensor, **like_data: Tensor
-) -> None:
+def _check_tensors(data: Tensor, steps: Tensor, mask: Tensor, layout: Tensor, **like_data: Tensor) -> None:
     """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted."""
-    _check_hyper("lr", lr, lr >= 0.0, "lr ≥ 0")
-    _check_hyper("weight_decay", weight_decay, weight_decay >= 0.0, "weight_decay ≥ 0")
+    given = {"data": data, "steps": steps, "mask": mask, "layout": layout, **like_data}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {type(value).__name__}, wanted a torch.Tensor")
     rows = mask.numel()
     wanted = {
         "data": (data, torch.float32, (data.numel(),)),
@@ -122,8 +114,8 @@ def _check_common(
     for name, (tensor, dtype, shape) in wanted.items():
         if tensor.dtype != dtype or tensor.shape != shape or tensor.device != data.device:
             error = TypeError if tensor.dtype != dtype else ValueError
-            given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise error(f"{name}: {given}, wanted {dtype} {shape} on {data.device}")
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise error(f"{name}: {found}, wanted {dtype} {shape} on {data.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: strides {tensor.stride()}, wanted a contiguous tensor")
     _check_layout(data, mask, layout)

@@ -18,19 +18,9 @@ def _active(steps: Tensor, mask: Tensor, layout: Tensor) -> Iterator[tuple[int, 
 
 
 def masked_adamw_(
-    data: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,
-    mask: Tensor,
-    layout: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+    data: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, mask: Tensor, layout: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """In place on data, exp_avg, exp_avg_sq, steps; the operations and their order are torch.optim.AdamW's."""
     for step, index in _active(steps, mask, layout):
         buffers = (data, grad, exp_avg, exp_avg_sq)
@@ -45,18 +35,9 @@ def masked_adamw_(
 
 
 def masked_sgd_(
-    data: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    steps: Tensor,
-    mask: Tensor,
-    layout: Tensor,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-) -> None:
+    data: Tensor, grad: Tensor, momentum_buffer: Tensor, steps: Tensor, mask: Tensor, layout: Tensor,
+    lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+) -> None:  # fmt: skip
     """In place on data, momentum_buffer, steps; torch.optim.SGD's operations (decay is added to the gradient)."""
     for step, index in _active(steps, mask, layout):
         p, g = (data, grad) if index is None else (data[index], grad[index])

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .arguments import Buffer
 from .errors import CountError, WeightError, WireError
-from .plan import Buffer, WirePlan
+from .plan import WirePlan
 
 SMALLEST, LARGEST = 1e-100, 1e100  # weight · value stays exact to 2⁻⁵³ in float64
 
@@ -44,6 +45,10 @@ def aggregate(
         CountError: no message, or not as many weights as messages. WeightError: a weight outside its range.
         WireError: a message is refused; its ``index`` tells which.
     """
+    if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)):
+        raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
+    if not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)):
+        raise TypeError(f"weights: {weights!r}, wanted a number for each message")
     sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
     total, index = 0.0, 0
     messages, shares = iter(buffers), iter(weights)
@@ -69,9 +74,13 @@ def aggregate(
 
 def _next_weight(shares: Iterator[float], index: int) -> float:
     try:
-        weight = float(next(shares))
+        given = next(shares)
     except StopIteration:
         raise CountError("weights", f"only {index}, wanted one a message") from None
+    try:
+        weight = float(given)
+    except (TypeError, ValueError):
+        raise TypeError(f"weights[{index}]: {given!r}, wanted a number") from None
     if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
         raise WeightError(
             "weight", f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._dispatch import run
 from ..layout import Entry, FlatBuffers, row_layout
+from .arguments import Buffer, bytes_of, check_entries, check_flat, checked_count, is_aligned, sorted_layers
 from .digest import crc32c, digest
 from .errors import ChecksumError, NotFiniteError, RangeError, RoundError
-from .format import ALIGNMENT, DIGITS, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
+from .format import ALIGNMENT, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
-Buffer = Tensor | bytes | bytearray | memoryview
 
 
 class WirePlan:
@@ -44,13 +43,14 @@ class WirePlan:
         layers: Iterable[int],
         dtype: WireDtype = "float32",
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: {dtype!r} is unknown, wanted one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r}, wanted one of the names {', '.join(map(repr, DTYPES))}")
+        check_flat(flat)
         self.dtype: WireDtype = dtype
         self._wire_dtype = DTYPES[dtype].torch
         self._entries, self._identity = tuple(flat.entries), dict(flat.identity)
-        self._flat_numel = _checked(self._entries, self._identity, dtype)
-        self.layers = _sorted_layers(layers, self._entries)
+        self._flat_numel = check_entries(self._entries, self._identity, dtype)
+        self.layers = sorted_layers(layers, self._entries)
         self._data(flat)
         chosen = tuple(e for e in self._entries if e.layer is None or e.layer in self.layers)
         self.names = tuple(e.name for e in chosen)
@@ -75,13 +75,13 @@ class WirePlan:
             NotFiniteError: a value is infinite or NaN. RangeError: a value is beyond the wire dtype's largest.
         """
         data = self._data(flat)
-        message = Message(_count("round", round), _count("num_samples", num_samples))
+        message = Message(checked_count("round", round), checked_count("num_samples", num_samples))
         if out is None:
             out = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
         elif out.dtype != torch.uint8 or out.shape != (self.nbytes,) or not out.is_contiguous() or not out.is_cpu:
             what = f"{out.dtype} {tuple(out.shape)} on {out.device}"
             raise ValueError(f"out: {what}, wanted contiguous uint8 ({self.nbytes},) in host memory")
-        elif not _aligned(out):
+        elif not is_aligned(out):
             raise ValueError(f"out: starts at {out.data_ptr():#x}, wanted a multiple of {ALIGNMENT}")
         payload = out[self._header.nbytes :]
         staged = payload if data.is_cpu else torch.empty_like(payload, device=data.device)
@@ -147,7 +147,7 @@ class WirePlan:
         The header that this plan would write for the data is compared first; only one that differs is parsed, to be
         read when it says the same in other words (spaces, order of keys, a later minor version), else refused.
         """
-        raw = _bytes_of(buffer)
+        raw = bytes_of(buffer)
         start = raw[: self._header.nbytes].numpy().tobytes()
         size = self._header.size_of(start, len(raw))
         checksums: list[int] = []
@@ -184,6 +184,7 @@ class WirePlan:
 
     def _data(self, flat: FlatBuffers) -> Tensor:
         """The flat buffer without autograd, if it is the adapter that the plan was made for."""
+        check_flat(flat)
         data = flat.data.detach()
         if data.dtype != torch.float32 or data.shape != (self._flat_numel,) or not data.is_contiguous():
             what = f"{data.dtype} {tuple(data.shape)}"
@@ -205,37 +206,6 @@ class WirePlan:
         return values.view(self._wire_dtype), scales.view(torch.float32)
 
 
-def _checked(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str) -> int:
-    """Refuse entries that cannot be a file of named tensors over one buffer; return the number of their values."""
-    end = 0
-    names: set[str] = set()
-    for e in entries:
-        if e.offset != end:
-            raise ValueError(f"flat.entries: {e.name!r} starts at {e.offset}, wanted {end}: entries must be contiguous")
-        end += e.numel
-        for name in (e.name, f"{e.name}.scale") if dtype == "int8" else (e.name,):
-            if name in names or name == "__metadata__":
-                raise ValueError(f"flat.entries: the name {name!r} stands twice or is reserved")
-            names.add(name)
-    for text in [*names, *identity.keys(), *identity.values()]:
-        if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"flat: {text!r} among names and identity, wanted text that UTF-8 can hold")
-    return end
-
-
-def _sorted_layers(layers: Iterable[int], entries: Sequence[Entry]) -> tuple[int, ...]:
-    known = {e.layer for e in entries if e.layer is not None}
-    given = list(layers)
-    if any(isinstance(layer, bool) for layer in given):
-        raise TypeError(f"layers: {given}, wanted block indices; choose from a mask with mask.nonzero()")
-    found = [operator.index(layer) for layer in given]
-    if unknown := sorted(set(found) - known):
-        raise ValueError(f"layers: no block {unknown[0]} in flat.entries, which have {sorted(known)}")
-    if len(set(found)) != len(found):
-        raise ValueError(f"layers: {found}, wanted each block once")
-    return tuple(sorted(found))
-
-
 def _merged(entries: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
     slices: list[tuple[int, int]] = []
     for e in entries:
@@ -254,36 +224,3 @@ def _table(entries: Sequence[Entry]) -> Tensor:
         parts.append(torch.stack([offset + e.offset, offset + value, first + row, rows, length], 1))
         value, row = value + e.numel, row + e.rows
     return torch.cat(parts)
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: {value}, wanted an integer")
-    value = operator.index(value)
-    if not 0 <= value < 10**DIGITS:
-        raise ValueError(f"{name}: {value}, wanted 0 ≤ {name} < 10^{DIGITS}")
-    return value
-
-
-def _bytes_of(buffer: Buffer) -> Tensor:
-    """The bytes of a message as an aligned uint8 tensor, without a copy where that can be."""
-    if not isinstance(buffer, Tensor):
-        try:
-            view = memoryview(buffer).cast("B")
-        except TypeError:
-            what = type(buffer).__name__
-            raise TypeError(
-                f"buffer: {what}, wanted a uint8 tensor or contiguous bytes, bytearray or memoryview"
-            ) from None
-        if not len(view):
-            return torch.empty(0, dtype=torch.uint8)
-        buffer = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or not buffer.is_cpu:
-        what = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
-        raise TypeError(f"buffer: {what}, wanted contiguous uint8 (bytes,) in host memory")
-    return buffer if _aligned(buffer) else buffer.clone()
-
-
-def _aligned(buffer: Tensor) -> bool:
-    """Both its address and its place in its storage: a view in another dtype asks for the second."""
-    return buffer.data_ptr() % ALIGNMENT == 0 and buffer.storage_offset() % ALIGNMENT == 0

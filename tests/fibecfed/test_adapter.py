@@ -118,6 +118,8 @@ def test_a_bf16_model_trains_a_float32_buffer() -> None:
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: NoneType, wanted a torch\.nn\.Module"):
+        FlatAdapter(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no trainable parameter"):
         FlatAdapter(base("bert").requires_grad_(False))
 

@@ -75,6 +75,8 @@ def test_a_module_that_is_not_understood_is_refused_by_name(make: Callable[[], n
 
 
 def test_a_model_without_lora_is_refused() -> None:
+    with pytest.raises(TypeError, match="model: NoneType, wanted a PEFT model"):
+        run(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no LoRA module"):
         run(base("bert"))
 

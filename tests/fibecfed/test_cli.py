@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fibecfed.cli import USER_ERRORS, _user_errors, app
+from fibecfed.cli import USER_ERRORS, _user_errors, app, main
 from fibecfed.config import RunConfig, load_config
 from fibecfed.record import Observer
 
@@ -80,6 +80,8 @@ def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
         (("run", "--set", "train.lr=-1"), "--set train.lr=-1: train.lr = -1: wanted greater than 0"),
         (("run", "--set", "train.lr"), "--set train.lr: wanted section.key=value"),
         (("run", "--name", "a/b"), "--set name=a/b: name = 'a/b': wanted letters"),
+        (("run", "--set", "out=good/config.toml"), "config.toml is a file, wanted a folder for the runs"),
+        (("run", "--set", "out=good/config.toml/x"), "config.toml is a file, wanted a folder for the runs"),
         (("run", "missing.toml"), "missing.toml: no such file"),
         (("run", "broken.toml"), "broken.toml: is not TOML"),
         (("score", "scores.txt"), "scores.txt: wanted a file that ends in .parquet or .csv"),
@@ -88,6 +90,7 @@ def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
         (("resume", "missing"), "missing: no such folder, wanted the folder of a run"),
         (("resume", "good"), "good: this run has ended, there is nothing to resume"),
         (("report", "missing"), "missing: no such folder, wanted the folder of a run"),
+        (("report", "broken.toml"), "broken.toml: is a file, wanted the folder of a run"),
         (("report", "."), "config.toml: no such file, wanted the folder of a run"),
         (("report", "good", "missing"), "missing: no such folder"),
         (("report", "good", "--out", "missing"), "No such file or directory"),
@@ -106,6 +109,38 @@ def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_no_file(
     assert message in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rnu",), "fibecfed: No such command 'rnu'."),
+        (("run", "--foo"), "fibecfed: No such option '--foo'."),
+        (("report",), "fibecfed: Missing argument 'RUN_DIR...'."),
+        (("score", "x.csv", "--show", "-1"), "fibecfed: Invalid value for '--show'"),
+    ],
+)
+def test_a_mistake_in_the_command_itself_is_one_line_that_names_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fibecfed", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.endswith(" --help`)\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [((), 2), (("--help",), 0), (("report", "missing"), 2)])
+def test_the_entry_point_exits_with_the_commands_own_code(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fibecfed", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code or 0) == code
 
 
 @pytest.mark.parametrize(("module", "name"), USER_ERRORS)
@@ -182,7 +217,12 @@ def test_an_interrupted_run_exits_with_130_and_says_what_is_kept(simulation: Mod
 
 
 @pytest.mark.parametrize("command", [("run", "--set", "seed=7"), ("resume", "runs/demo")])
-def test_a_run_prints_its_rounds_its_summary_and_its_folder(simulation: ModuleType, command: tuple[str, ...]) -> None:
+def test_a_run_prints_its_rounds_its_summary_and_its_folder(
+    simulation: ModuleType, command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    write_run(Path("runs/demo"), run_record((0.6,), end=False))
     record = replace(run_record((0.6, 0.8), "seed=7"), path=Path("runs/demo"))
 
     def done(what: RunConfig | Path, *, observer: Observer) -> object:

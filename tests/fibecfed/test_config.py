@@ -167,6 +167,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override: str, neare
 
 def test_an_unknown_key_like_no_other_is_named_alone() -> None:
     assert error_of("zzz=1") == "--set zzz=1: zzz is no known key"
+    wanted = "--set eval.foo=1: eval.foo is no known key; eval has every, personal, batch_size"
+    assert error_of("eval.foo=1") == wanted
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,7 @@ def test_an_unknown_key_like_no_other_is_named_alone() -> None:
         ("gal.norm=3", "'2' or 'inf'"),
         ("name=a/b", "letters"),
         ("name=..", "letters"),
+        ("out=", "a text that is not empty"),
         ("device=gpu", '"cuda"'),
     ],
 )
@@ -203,7 +206,9 @@ def test_a_value_that_cannot_be_is_refused_in_one_line_that_names_key_value_and_
     override: str, wanted: str
 ) -> None:
     message = error_of(override)
-    key = override.partition("=")[0]
+    key, _, text = override.partition("=")
+    if text.startswith("["):
+        assert f"{key} = {text}: wanted" in message  # the whole list, not the element that is wrong
     assert f"{key.removesuffix('.x')} = " in message.rpartition(": wanted")[0]
     assert wanted in message.partition("wanted")[2]
     assert "\n" not in message

@@ -138,5 +138,14 @@ def test_bad_arguments_are_refused_by_name() -> None:
     train(model, trained, 1)
     with pytest.raises(ValueError, match="state_dict"):
         other.load_state_dict(trained.state_dict())
-    with pytest.raises(ValueError, match="betas"):
-        MaskedAdamW(flat, betas=(1.0, 0.9)).step()
+    with pytest.raises(TypeError, match=r"mask: list, wanted a torch.bool tensor"):
+        trained.set_mask([True] * flat.num_rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"betas\[0\]"):
+        MaskedAdamW(flat, betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="lr: -1"):
+        MaskedAdamW(flat, lr=-1)
+    with pytest.raises(ValueError, match="nesterov"):
+        MaskedSGD(flat, lr=0.1, nesterov=True)
+    trained.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr: -1"):
+        trained.step()

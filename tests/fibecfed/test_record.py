@@ -147,6 +147,14 @@ def test_a_run_cut_anywhere_in_its_last_line_keeps_every_round_before_and_says_s
     assert read_record(folder).rounds == record.rounds
 
 
+@pytest.mark.parametrize("content", [b"garbage", b"garbage\n", b"\x00\xff", b'{"phase": "ini'])
+def test_a_record_of_garbage_alone_is_no_empty_run(tmp_path: Path, content: bytes) -> None:
+    folder = write_run(tmp_path / "trial", run_record((0.6,)))
+    (folder / "record.jsonl").write_bytes(content)
+    with pytest.raises(RecordError, match=r"record\.jsonl line 1: is not JSON"):
+        read_record(folder)
+
+
 def test_a_writer_goes_on_after_a_cut_line(tmp_path: Path) -> None:
     record = run_record((0.6, 0.7, 0.8))
     folder = write_run(tmp_path / "trial", replace(record, rounds=record.rounds[:2], end=None))
@@ -183,6 +191,7 @@ def lines_of(*changed: tuple[int, str | None]) -> list[str]:
     ("changed", "number", "problem"),
     [
         ((1, "{"), 2, "is not JSON"),
+        ((0, "{"), 1, "is not JSON"),
         ((1, ""), 2, "is not JSON"),
         ((1, "[1]"), 2, "phase is None"),
         ((1, '{"phase": "rounds"}'), 2, "phase is 'rounds'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,19 @@ def test_reading_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(task.train) + len(task.test) == 12
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "data.jsonl.gz"]
     assert list(cache.rglob("*")) == []
+
+
+def test_a_file_that_cannot_be_read_is_said_by_the_error_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("no JSON\n")
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    level = datasets.logging.get_verbosity()
+    with pytest.raises(DataError, match=r"bad\.jsonl: cannot be read as json"):
+        load_task(path)
+    assert caplog.records == []
+    assert datasets.logging.get_verbosity() == level
 
 
 def test_table_cells_are_text_as_written(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ LORA = (X, torch.ones(3, 5, 4), torch.ones(3, 5, 4), torch.ones(3, 5, 12))
         (ValueError, r"x: .* wanted \(total, features\) since cu_seqlens", (X, GRAD_Y, OFFSETS)),
         (ValueError, r"grad_y: .* wanted \(3, 5, features\)", (X, GRAD_Y[:, 1:])),
         (ValueError, r"grad_y: .* wanted \(3, 5, features\)", (X, GRAD_Y[1:])),
+        (TypeError, r"cu_seqlens: list, wanted an int32 tensor", (FLAT_X, FLAT_GRAD_Y, [0, 5, 5, 15])),
         (ValueError, r"cu_seqlens: torch.int64", (FLAT_X, FLAT_GRAD_Y, OFFSETS.long())),
         (ValueError, r"cu_seqlens: .* wanted int32 \(N\+1,\)", (FLAT_X, FLAT_GRAD_Y, OFFSETS[:0])),
         (ValueError, r"cu_seqlens: .* wanted int32 \(N\+1,\)", (FLAT_X, FLAT_GRAD_Y, OFFSETS[None])),
@@ -47,6 +48,10 @@ def test_what_cannot_be_taken_is_refused_by_name(body, error, words, arguments):
     [
         (ValueError, r"h, grad_h, grad_y: lists of 0, 0, 0 tensors, wanted equal", (X, [], [], [])),
         (ValueError, r"h, grad_h, grad_y: lists of 1, 1, 2 tensors", (X, [LORA[1]], [LORA[2]], [LORA[3]] * 2)),
+        (TypeError, r"grad_h: Tensor, wanted a list of tensors since h is one", (X, [LORA[1]], LORA[2], [LORA[3]])),
+        (TypeError, r"grad_y: NoneType, wanted a list of tensors", (X, [LORA[1]], [LORA[2]], None)),
+        (TypeError, r"h: NoneType, wanted a torch.Tensor", (X, None, *LORA[2:])),
+        (TypeError, r"grad_h: list, wanted a torch.Tensor", (X, LORA[1], [LORA[2]], LORA[3])),
         (ValueError, r"h: .*\(3, 5, 8\).* wanted the shape of grad_h", (X, torch.ones(3, 5, 8), *LORA[2:])),
         (TypeError, r"grad_h\[1\]: torch.float16", (X, [LORA[1]] * 2, [LORA[2], LORA[2].half()], [LORA[3]] * 2)),
         (

@@ -95,6 +95,10 @@ WRONG_TENSORS = [
     ("mask", lambda t: t[None], ValueError, r"mask: .*\(1, 12\)"),
     ("layout", lambda t: t.int(), TypeError, r"layout: torch.int32"),
     ("layout", lambda t: t[:, :3], ValueError, r"layout: .*\(1, 3\).* wanted torch.int64 \(1, 4\)"),
+    *(
+        (name, lambda t: t.tolist(), TypeError, rf"^{name}: list, wanted a torch.Tensor")
+        for name in ("data", "grad", "exp_avg", "steps", "mask", "layout")
+    ),
     ("layout", lambda t: t - torch.tensor([0, 0, 1, 0]), ValueError, r"layout: covers 88 values in 11 rows, wanted 96"),
 ]
 
@@ -113,8 +117,10 @@ def test_a_wrong_tensor_is_refused_by_name(name, wrong, error, words):
         ({"lr": -1.0}, "lr: -1.0, wanted lr ≥ 0"),
         ({"lr": float("nan")}, "lr: nan"),
         ({"lr": 0.1, "eps": -1e-8}, "eps: -1e-08, wanted eps ≥ 0"),
-        ({"lr": 0.1, "betas": (1.0, 0.9)}, r"betas: \(1.0, 0.9\), wanted both in \[0, 1\)"),
-        ({"lr": 0.1, "betas": (0.9, -0.1)}, "betas: "),
+        ({"lr": 0.1, "betas": (1.0, 0.9)}, r"betas\[0\]: 1.0, wanted 0 ≤ betas\[0\] < 1"),
+        ({"lr": 0.1, "betas": (0.9, -0.1)}, r"betas\[1\]: -0.1"),
+        ({"lr": 0.1, "betas": (0.9,)}, r"betas: \(0.9,\), wanted two numbers"),
+        ({"lr": 0.1, "betas": 0.9}, r"betas: 0.9, wanted two numbers"),
         ({"lr": 0.1, "weight_decay": -0.1}, "weight_decay: -0.1"),
     ],
 )
@@ -124,6 +130,15 @@ def test_a_wrong_number_is_refused_by_name(hyper, words):
     with pytest.raises(ValueError, match=words):
         masked_adamw_(**given, **hyper)
     assert torch.equal(given["data"], before)
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_what_is_no_number_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=rf"^{name}: 'fast', wanted a number"):
+        masked_adamw_(**arguments(), **{"lr": 0.1, name: "fast"})
+    if name != "eps":
+        with pytest.raises(TypeError, match=rf"^{name}: 'fast', wanted a number"):
+            masked_sgd_(**{**sgd_arguments(), "lr": 0.1, name: "fast"})
 
 
 @pytest.mark.parametrize(

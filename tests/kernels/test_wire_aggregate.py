@@ -127,3 +127,15 @@ def test_wire_errors_are_value_errors_and_survive_pickling() -> None:
     assert isinstance(again, WireError)
     assert isinstance(again, ValueError)
     assert (str(again), again.field, again.index) == (str(error), "weight", 3)
+
+
+def test_what_is_no_list_of_messages_or_of_numbers_is_refused_by_name() -> None:
+    plan, messages = messages_of("float32", 3)
+    for one in (messages[0], bytes(messages[0].numpy())):
+        with pytest.raises(TypeError, match=r"^buffers: one (Tensor|bytes), wanted messages one by one"):
+            aggregate(plan, one, [1.0])
+    with pytest.raises(TypeError, match=r"^weights\[1\]: 'a', wanted a number"):
+        aggregate(plan, messages, [1.0, "a", 2.0])  # type: ignore[list-item]
+    for weights in (3.0, "123"):
+        with pytest.raises(TypeError, match=r"^weights: "):
+            aggregate(plan, messages, weights)  # type: ignore[arg-type]

@@ -22,15 +22,17 @@ SMALL = ((0, (2, 3)), (1, (4, 2)), (None, (2,)))
         (ValueError, "layers: no block -1", {"layers": (-1,)}),
         (ValueError, "each block once", {"layers": (0, 0)}),
         (TypeError, "block indices", {"layers": (True,)}),
-        (TypeError, "float", {"layers": (0.0,)}),
-        (TypeError, "int", {"layers": 0}),
-        (ValueError, "dtype: 'float64' is unknown", {"dtype": "float64"}),
-        (ValueError, "dtype: torch.int8 is unknown", {"dtype": torch.int8}),
+        (TypeError, r"layers: \(0.0,\), wanted block indices, some of \[0, 1\]", {"layers": (0.0,)}),
+        (TypeError, "layers: 0, wanted block indices", {"layers": 0}),
+        (TypeError, "layers: 'all', wanted block indices", {"layers": "all"}),
+        (ValueError, "dtype: 'float64', wanted one of the names 'float32', 'bfloat16'", {"dtype": "float64"}),
+        (ValueError, "dtype: torch.int8, wanted one of the names 'float32', 'bfloat16'", {"dtype": torch.int8}),
+        (TypeError, "flat: NoneType, wanted a FlatAdapter", {"flat": None}),
     ],
 )
 def test_plans_that_cannot_be_are_refused(error: type[Exception], match: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=match):
-        WirePlan(make_flat(SMALL), **{"layers": (0,), **arguments})
+        WirePlan(**{"flat": make_flat(SMALL), "layers": (0,), **arguments})
 
 
 def test_flat_buffers_that_do_not_fit_are_refused() -> None:
@@ -60,8 +62,11 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=f"^{field}: "):
             plan.pack(flat, **{"round": 0, "num_samples": 0, field: value})
     for value in (True, 1.5, "1", None):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=rf"^round: {value!r}, wanted an integer"):
             plan.pack(flat, round=value, num_samples=0)
+    for use in (lambda f: plan.pack(f, round=0, num_samples=0), plan.gather):
+        with pytest.raises(TypeError, match=r"^flat: dict, wanted a FlatAdapter"):
+            use({})
     whole = torch.zeros(2 * plan.nbytes + 8, dtype=torch.uint8)
     for out in (whole, whole[: 2 * plan.nbytes : 2], whole[1 : plan.nbytes + 1], torch.zeros(plan.nbytes)):
         with pytest.raises(ValueError, match=r"^out: "):

@@ -1,0 +1,34 @@
+"""Which hyper-parameters a step takes; the same for the ops and for the optimizers that call them."""
+
+from __future__ import annotations
+
+
+def check_adamw(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise ValueError (TypeError for what is no number) naming the argument, unless AdamW can step with these."""
+    _not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas: {betas!r}, wanted two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= _number(f"betas[{i}]", beta) < 1.0:
+            raise ValueError(f"betas[{i}]: {beta}, wanted 0 ≤ betas[{i}] < 1")
+
+
+def check_sgd(lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> None:
+    """Raise ValueError (TypeError for what is no number) naming the argument, unless SGD can step with these."""
+    _not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    _number("dampening", dampening)
+    if nesterov and not (momentum > 0.0 and dampening == 0.0):
+        raise ValueError(f"nesterov: {nesterov}, wanted momentum > 0 and dampening 0 with it")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not _number(name, value) >= 0.0:
+            raise ValueError(f"{name}: {value}, wanted {name} ≥ 0")
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: {value!r}, wanted a number") from None

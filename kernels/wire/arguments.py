@@ -1,0 +1,90 @@
+"""Checks of what a caller gives to a plan: adapters, layers, counts, buffers. Errors name the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Entry, FlatBuffers
+from .format import ALIGNMENT, DIGITS
+
+Buffer = Tensor | bytes | bytearray | memoryview
+
+
+def check_flat(flat: FlatBuffers) -> None:
+    if not all(hasattr(flat, name) for name in ("data", "entries", "identity")):
+        raise TypeError(f"flat: {type(flat).__name__}, wanted a FlatAdapter (data, entries and identity)")
+
+
+def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str) -> int:
+    """Refuse entries that cannot be a file of named tensors over one buffer; return the number of their values."""
+    end = 0
+    names: set[str] = set()
+    for e in entries:
+        if e.offset != end:
+            raise ValueError(f"flat.entries: {e.name!r} starts at {e.offset}, wanted {end}: entries must be contiguous")
+        end += e.numel
+        for name in (e.name, f"{e.name}.scale") if dtype == "int8" else (e.name,):
+            if name in names or name == "__metadata__":
+                raise ValueError(f"flat.entries: the name {name!r} stands twice or is reserved")
+            names.add(name)
+    for text in [*names, *identity.keys(), *identity.values()]:
+        if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"flat: {text!r} among names and identity, wanted text that UTF-8 can hold")
+    return end
+
+
+def sorted_layers(layers: Iterable[int], entries: Sequence[Entry]) -> tuple[int, ...]:
+    known = {e.layer for e in entries if e.layer is not None}
+    try:
+        given = list(layers)
+        found = [operator.index(layer) for layer in given]
+    except TypeError:
+        raise TypeError(f"layers: {layers!r}, wanted block indices, some of {sorted(known)}") from None
+    if any(isinstance(layer, bool) for layer in given):
+        raise TypeError(f"layers: {given}, wanted block indices; choose from a mask with mask.nonzero()")
+    if unknown := sorted(set(found) - known):
+        raise ValueError(f"layers: no block {unknown[0]} in flat.entries, which have {sorted(known)}")
+    if len(set(found)) != len(found):
+        raise ValueError(f"layers: {found}, wanted each block once")
+    return tuple(sorted(found))
+
+
+def checked_count(name: str, value: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {value!r}, wanted an integer") from None
+    if not 0 <= value < 10**DIGITS:
+        raise ValueError(f"{name}: {value}, wanted 0 ≤ {name} < 10^{DIGITS}")
+    return value
+
+
+def bytes_of(buffer: Buffer) -> Tensor:
+    """The bytes of a message as an aligned uint8 tensor, without a copy where that can be."""
+    if not isinstance(buffer, Tensor):
+        try:
+            view = memoryview(buffer).cast("B")
+        except TypeError:
+            what = type(buffer).__name__
+            raise TypeError(
+                f"buffer: {what}, wanted a uint8 tensor or contiguous bytes, bytearray or memoryview"
+            ) from None
+        if not len(view):
+            return torch.empty(0, dtype=torch.uint8)
+        buffer = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or not buffer.is_cpu:
+        what = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+        raise TypeError(f"buffer: {what}, wanted contiguous uint8 (bytes,) in host memory")
+    return buffer if is_aligned(buffer) else buffer.clone()
+
+
+def is_aligned(buffer: Tensor) -> bool:
+    """Both its address and its place in its storage: a view in another dtype asks for the second."""
+    return buffer.data_ptr() % ALIGNMENT == 0 and buffer.storage_offset() % ALIGNMENT == 0
