@@ -1,17 +1,52 @@
-"""Shared by the benchmarks: two threads, and a stated group for every table."""
+"""What all suites share: options, and the comparison of providers in interleaved rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from .comparison import Comparison
+from .results import RESULTS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fibecfed")
+    group.addoption("--results", type=Path, default=RESULTS, help="the CSV file that rows are appended to")
+    group.addoption("--on", choices=("cpu", "cuda"), default="cpu", help="the device that is measured")
+    group.addoption("--shapes", choices=("few", "all"), default="few", help="how many shapes")
+    group.addoption("--seconds", type=float, default=3.0, help="time for the rounds of one table and one mode")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    name = request.config.getoption("--on")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def run_name() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
+def _seeded() -> Iterator[None]:
+    """Two threads at most: what a laptop's core gives, and what the README's figures were measured with."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(2, before))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, run_name: str) -> Comparison:
+    """Times providers in the rounds that pytest-benchmark makes, and appends a row for each."""
+    option = request.config.getoption
+    return Comparison(benchmark, device, run_name, option("--seconds"), option("--results"))

@@ -1,16 +1,32 @@
-"""`python -m benchmarks.readme` writes the README table from benchmarks/results/; `--check` tells if it is in step."""
+"""`python -m benchmarks.readme` writes the README's tables from benchmarks/results/; `--check` compares them.
+
+A table stands between ``<!-- NAME: python -m benchmarks.readme -->`` and ``<!-- /NAME -->``.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RunRecord, read_record
 
+from .results import RESULTS, read
+from .tables import table
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-BEGIN, END = "<!-- demo: python -m benchmarks.readme -->", "<!-- /demo -->"
+BENCHMARKS = {
+    "fisher": "fisher",
+    "update": "update",
+    "pack": "wire: pack",
+    "load": "wire: load",
+}  # by name of the place
+MARKED = re.compile(
+    r"<!-- (?P<name>[a-z]+): python -m benchmarks\.readme -->\n(?P<old>.*?)<!-- /(?P=name) -->", re.DOTALL
+)
 
 
 def demo_table(record: RunRecord) -> str:
@@ -49,21 +65,33 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def in_step(readme: str, record: RunRecord) -> str:
-    """``readme`` with the table of ``record`` between its marks. Raises ValueError when a mark is missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md: wanted the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{demo_table(record)}\n\n{END}{after}"
+def tables() -> dict[str, str]:
+    """Every table by the name of its place, from what is recorded."""
+    found = {"demo": demo_table(read_record(DEMO))}
+    if RESULTS.exists():
+        rows = read(RESULTS)
+        known = {row.benchmark for row in rows}
+        found |= {name: table(rows, benchmark) for name, benchmark in BENCHMARKS.items() if benchmark in known}
+    return found
+
+
+def in_step(readme: str, found: Mapping[str, str]) -> str:
+    """``readme`` with each table in its place. Raises ValueError for a table without a place or a place without one."""
+    places = {match["name"] for match in MARKED.finditer(readme)}
+    if places != found.keys():
+        raise ValueError(f"README.md: places for {sorted(places)}, wanted places for {sorted(found)}")
+    return MARKED.sub(
+        lambda m: f"<!-- {m['name']}: python -m benchmarks.readme -->\n\n{found[m['name']]}\n\n<!-- /{m['name']} -->",
+        readme,
+    )
 
 
 def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    wanted = in_step(text, read_record(DEMO))
+    wanted = in_step(text, tables())
     if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if text == wanted else "README.md: its table is not that of benchmarks/results/demo")
+        raise SystemExit(0 if text == wanted else "README.md: its tables are not those of benchmarks/results")
     path.write_text(wanted, encoding="utf-8")
 
 

@@ -1,50 +1,55 @@
-"""Fisher diagonal of a LoRA pair beside what one would write in torch. Who gives a wrong result gets no time."""
+"""Fisher scores and diagonal of one LoRA pair, ours and everyone else's, at the shapes of three models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from fibecfed_kernels import backend, lora_fisher_diag, use_backend
+from .comparison import Comparison, Provider, Work, relative_error
+from .fisher_peers import Found, make_pair, providers, truth
 
-SHAPES = {"MiniLM": (32, 64, 384, 8), "RoBERTa-large": (8, 128, 1024, 8), "LLaMA-7B": (8, 512, 4096, 8)}  # N, T, d, r
-Diagonals = tuple[Tensor, Tensor]
-
-
-def ours(x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor) -> Diagonals:
-    found = lora_fisher_diag(x, h, grad_h, grad_y)
-    return found.a.diag, found.b.diag
-
-
-def reference(*tensors: Tensor) -> Diagonals:
-    with use_backend("reference"):
-        return ours(*tensors)
-
-
-def bmm(x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor) -> Diagonals:
-    return torch.bmm(grad_h.mT, x).square().sum(0), torch.bmm(grad_y.mT, h).square().sum(0)
+WIDTHS = {"MiniLM": 384, "RoBERTa-large": 1024, "LLaMA-7B": 4096}
+RANKS, TOKENS, SAMPLES = (4, 8, 16, 64), (32, 128, 512, 2048), (1, 8, 32)
+FEW = [  # (model, N, T, r)
+    ("MiniLM", 32, 32, 8),
+    ("RoBERTa-large", 8, 128, 8),
+    ("RoBERTa-large", 32, 128, 8),
+    ("RoBERTa-large", 8, 512, 64),
+    ("LLaMA-7B", 8, 128, 8),
+    ("LLaMA-7B", 8, 512, 8),
+    ("LLaMA-7B", 1, 2048, 16),
+]
+ALL = [(model, n, t, r) for model in WIDTHS for n in SAMPLES for t in TOKENS for r in RANKS]
+CPU_VALUES = 1 << 25  # of x: beyond, a comparison takes more than a minute on two cores
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # a peer may keep gradients in the dtype of its inputs
 
 
-def einsum(x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor) -> Diagonals:
-    pairs = ((grad_h, x), (grad_y, h))
-    a, b = (torch.einsum("nto,nti->noi", grad, value).square().sum(0) for grad, value in pairs)
-    return a, b
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    shapes = ALL if option("--shapes") == "all" else FEW
+    if option("--on") == "cpu":
+        shapes = [(model, n, t, r) for model, n, t, r in shapes if n * t * WIDTHS[model] <= CPU_VALUES]
+    metafunc.parametrize("shape", shapes, ids=lambda s: f"{s[0]}-N{s[1]}-T{s[2]}-r{s[3]}")
+    metafunc.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-PROVIDERS: dict[str, Callable[..., Diagonals]] = {backend(): ours, "reference": reference, "bmm": bmm, "einsum": einsum}
+def test_lora_fisher_diag(
+    compare: Comparison, device: torch.device, shape: tuple[str, int, int, int], dtype: torch.dtype
+) -> None:
+    model, samples, tokens, r = shape
+    d = WIDTHS[model]
+    pair = make_pair(samples, tokens, d, r, dtype, device)
+    wanted = truth(pair)
 
+    def error(found: Found) -> float:
+        return relative_error(found, wanted[: len(found)])
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lora_fisher_diag(benchmark: Any, shape: str, provider: str) -> None:
-    samples, tokens, d, r = SHAPES[shape]
-    x, h, grad_h, grad_y = (torch.randn(samples, tokens, features) for features in (d, r, r, d))
-    call, truth = PROVIDERS[provider], bmm(x.double(), h.double(), grad_h.double(), grad_y.double())
-    for found, wanted in zip(call(x, h, grad_h, grad_y), truth, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-    benchmark.group = f"fisher, {shape}: N={samples} T={tokens} d={d} r={r} float32"
-    benchmark(call, x, h, grad_h, grad_y)
+    read = (pair.x, pair.h, pair.grad_h, pair.grad_y)
+    moved = sum(t.numel() * t.element_size() for t in read) + 4 * (2 * d * r + 2 * samples)
+    work = Work("fisher", f"{model} N={samples} T={tokens} r={r}", dtype, moved, 2 * samples * tokens * r * 2 * d)
+    rows = compare(
+        work, {name: Provider(partial(call, pair), error) for name, call in providers().items()}, TOLERANCES[dtype]
+    )
+    assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
-from benchmarks.readme import DEMO, ROOT, in_step
+from benchmarks.readme import DEMO, ROOT, in_step, tables
 from fibecfed import FlatAdapter
 from fibecfed.record import read_record
 from tests.fibecfed.tiny import batch, tiny
@@ -14,8 +15,15 @@ from tests.fibecfed.tiny import batch, tiny
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_that_of_the_recorded_run() -> None:
-    assert in_step(README, read_record(DEMO)) == README
+def test_the_tables_are_those_of_the_recorded_runs() -> None:
+    assert in_step(README, tables()) == README
+
+
+def test_a_table_without_a_place_or_a_place_without_a_table_is_refused() -> None:
+    with pytest.raises(ValueError, match="places for"):
+        in_step(README, {**tables(), "other": "| a |"})
+    with pytest.raises(ValueError, match="places for"):
+        in_step(README, {})
 
 
 def test_the_recorded_run_reached_its_marks() -> None:

@@ -1,0 +1,112 @@
+"""How long calls take, side by side: every round runs each of them once, so a machine that drifts slows them alike."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter_ns
+
+import torch
+
+Call = Callable[[], object]
+
+FLUSH_BYTES = 1 << 28  # more than any cache holds
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Rounds:
+    """Milliseconds of each call in each round.
+
+    cold: before a call a buffer larger than any cache is written. warm: before a call the same call is made untimed. On
+    CUDA the time is between two events on the stream; on the CPU it is the wall clock's.
+    """
+
+    def __init__(self, calls: Mapping[str, Call], cold: bool, device: torch.device) -> None:
+        self.calls = dict(calls)
+        self.milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+        self._cold, self._device = cold, device
+        self._flush = torch.empty(FLUSH_BYTES // 4 if cold else 0, device=device)
+
+    def run(self) -> None:
+        """One round; who goes first changes from round to round."""
+        names = list(self.calls)
+        first = len(self.milliseconds[names[0]]) % len(names)
+        for name in names[first:] + names[:first]:
+            call = self.calls[name]
+            if self._cold:
+                self._flush.zero_()
+            else:
+                call()
+            self.milliseconds[name].append(self._timed(call))
+
+    def _timed(self, call: Call) -> float:
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+        start = perf_counter_ns()
+        call()
+        return (perf_counter_ns() - start) / 1e6
+
+
+def rounds_within(seconds: float, round_seconds: float, least: int = 5, most: int = 100) -> int:
+    """How many rounds of ``round_seconds`` fit into ``seconds``, within bounds."""
+    return max(least, min(most, int(seconds / max(round_seconds, 1e-9))))
+
+
+def host_microseconds(call: Call, device: torch.device, repeats: int = 20) -> float | None:
+    """Time the host needs to launch a call, the median; None on the CPU, where it is part of the call."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = perf_counter_ns()
+        call()
+        times.append((perf_counter_ns() - start) / 1e3)
+    torch.cuda.synchronize()
+    return sorted(times)[len(times) // 2]
+
+
+def launches(call: Call, device: torch.device) -> int | None:
+    """Number of kernels and copies that a call puts on the device; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Memory that a call needed at its peak beyond what was there before, its results included.
+
+    CPU: resident memory as Linux counts it, so that scratch of C++ bodies counts too; None where that cannot be had.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux") or not _CLEAR.exists():
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps from before would hide what is taken now
+        _CLEAR.write_text("5")  # the peak starts again from here
+    except (AttributeError, OSError):
+        return None
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

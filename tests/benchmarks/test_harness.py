@@ -1,0 +1,188 @@
+"""The benchmarks' own rules: interleaved rounds, no time for a wrong result, rows that read back, tables and plots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import plot, results
+from benchmarks.adapters import Model
+from benchmarks.comparison import Comparison, Provider, Work, relative_error
+from benchmarks.fisher_peers import make_pair, providers, truth
+from benchmarks.machine import Ceilings
+from benchmarks.results import Row, latest, quantile, read
+from benchmarks.tables import table
+from benchmarks.test_update import Case
+from benchmarks.timing import Rounds, peak_bytes, rounds_within
+
+CPU = torch.device("cpu")
+
+
+class PlainRunner:
+    """As much of pytest-benchmark's fixture as a comparison uses."""
+
+    stats: object = None
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.pedantic_rounds = 0
+
+    def pedantic(self, call: Any, rounds: int, iterations: int) -> None:
+        self.pedantic_rounds, self.stats = rounds, SimpleNamespace()
+        for _ in range(rounds):
+            call()
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits on small buffers: what they say is not looked at."""
+    a = torch.ones(64, 64)
+    calls = {"copy": a.clone, "read": a.sum, "product": lambda: a @ a}
+    monkeypatch.setattr("benchmarks.comparison.ceilings", lambda device, dtype: Ceilings(calls, 2 * 64**3))
+    monkeypatch.setattr("benchmarks.timing.FLUSH_BYTES", 1 << 16)
+
+
+def compare(path: Path, runner: PlainRunner | None = None) -> Comparison:
+    return Comparison(runner or PlainRunner(), CPU, "2026-01-01T00:00:00Z", 0.0, path)
+
+
+def test_every_round_runs_every_call_once_and_changes_who_goes_first() -> None:
+    order: list[str] = []
+    rounds = Rounds({name: lambda name=name: order.append(name) for name in "abc"}, cold=True, device=CPU)
+    for _ in range(4):
+        rounds.run()
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(times) for name, times in rounds.milliseconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_warm_call_comes_right_after_the_same_call_untimed() -> None:
+    order: list[str] = []
+    rounds = Rounds({name: lambda name=name: order.append(name) for name in "ab"}, cold=False, device=CPU)
+    rounds.run()
+    assert "".join(order) == "aabb"
+    assert all(len(times) == 1 for times in rounds.milliseconds.values())
+
+
+def test_the_number_of_rounds_fits_the_time_within_bounds() -> None:
+    assert rounds_within(10.0, 0.5) == 20
+    assert rounds_within(1.0, 10.0) == 5
+    assert rounds_within(10.0, 0.0) == 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_what_was_needed_at_once() -> None:
+    size = 64 << 20
+
+    def twice() -> None:
+        for _ in range(2):
+            torch.ones(size // 4)
+
+    peak = peak_bytes(twice, CPU)
+    assert peak is not None
+    assert 0.9 * size < peak < 1.5 * size
+
+
+def test_a_wrong_provider_gets_a_row_and_no_time(tmp_path: Path, small_limits: None) -> None:
+    runner = PlainRunner()
+    work = Work("sum", "N=3", torch.float32, bytes=12, flop=3)
+    x, wanted = torch.ones(3), torch.tensor(3.0, dtype=torch.float64)
+    calls: list[str] = []
+
+    def wrong() -> torch.Tensor:
+        calls.append("wrong")
+        return x.sum() + 1
+
+    def error(found: torch.Tensor) -> float:
+        return relative_error([found], [wanted])
+
+    path = tmp_path / "results.csv"
+    rows = compare(path, runner)(work, {"fibecfed": Provider(x.sum, error), "other": Provider(wrong, error)}, 1e-6)
+    assert calls == ["wrong"]  # called for its result, never again for its time
+    for row in rows:
+        right = row.provider == "fibecfed"
+        assert (row.ms50 is not None) == (row.gbps is not None) == (row.floor_percent is not None) == right
+        assert row.error == pytest.approx(0.0 if right else 1 / 3)
+    assert {(row.provider, row.mode) for row in rows} == {
+        (p, m) for p in ("fibecfed", "other") for m in ("cold", "warm")
+    }
+    assert runner.pedantic_rounds == 5
+    assert "wrong" in runner.extra_info
+    assert [replace(row, **dict.fromkeys(FLOATS)) for row in read(path)] == [
+        replace(row, **dict.fromkeys(FLOATS)) for row in rows
+    ]
+
+
+FLOATS = ("ms20", "ms50", "ms80", "gbps", "floor_ms", "floor_percent", "bandwidth_gbps", "rate_gflops", "error")
+
+
+def row(provider: str = "fibecfed", ms: float | None = 2.0, **changes: Any) -> Row:
+    fields: dict[str, Any] = {
+        "run": "2026-01-01T00:00:00Z", "benchmark": "fisher", "provider": provider, "mode": "cold", "shape": "N=8",
+        "dtype": "float32", "ms20": ms, "ms50": ms, "ms80": ms, "bytes": 1000, "flop": 8000, "gbps": 1.0, "floor_ms": 1.0,
+        "floor_percent": None if ms is None else 100 / ms, "limit": "bytes", "bandwidth_gbps": 10.0, "rate_gflops": 100.0,
+        "launches": None, "host_us": None, "peak_bytes": 7, "error": 1e-7, "tolerance": 1e-4, "rounds": 5, "device": "box",
+        "driver": "", "threads": "2", "python": "3", "torch": "2", "triton": "3", "fibecfed": "0", "commit": "abc",
+    }  # fmt: skip
+    return Row(**{**fields, **changes})
+
+
+def test_rows_are_appended_and_other_columns_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.csv"
+    results.append([row()], path)
+    results.append([row("bmm", None, launches=3)], path)
+    assert read(path) == [row(), row("bmm", None, launches=3)]
+    path.write_text("run,benchmark\n")
+    with pytest.raises(ValueError, match="its columns are not"):
+        results.append([row()], path)
+
+
+def test_only_the_last_run_of_each_device_is_shown() -> None:
+    old, new, gpu = row(ms=9.0, run="2025"), row(run="2026"), row(device="gpu", run="2024")
+    assert latest([old, new, gpu, row(benchmark="update", run="2027")], "fisher") == [new, gpu]
+
+
+def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> None:
+    rows = [row(), row("bmm", 5.0), row("einsum", 1.0), row("bad", None), row(mode="warm", ms=7.0)]
+    rows += [row(shape="N=1", ms=4.0), row("bmm", 4.0, shape="N=1")]
+    lines = table(rows, "fisher").splitlines()
+    assert lines[2] == "| shape | dtype | fibecfed, ms | % of limit | bmm | einsum | bad |"
+    assert lines[4] == "| N=8 | float32 | 2 | 50 (bytes) | 2.50 | 0.50 | wrong |"
+    assert lines[5] == "| N=1 | float32 | 4 | 25 (bytes) | 1.00 |  |  |"
+    with pytest.raises(ValueError, match="no cold rows"):
+        table(rows, "wire: pack")
+
+
+def test_plots_are_written_for_each_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    rows = [row(), row("bmm + square", 5.0), row("Opacus", None), row(flop=64000, shape="N=1"), row(dtype="bfloat16")]
+    results.append([*rows, row(benchmark="wire: pack", provider="fibecfed float32", flop=0)], path)
+    names = {file.name for file in plot.write(path)}
+    assert names == {"fisher-bars.png", "fisher-roofline.png", "wire-pack-bars.png"}
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+
+
+def test_quantiles_are_values_that_were_measured() -> None:
+    assert [quantile([5.0, 1.0, 4.0, 2.0, 3.0], share) for share in (0.2, 0.5, 0.8)] == [2.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("name", providers())
+def test_every_provider_computes_the_same_scores_and_diagonals(name: str) -> None:
+    pair = make_pair(5, 7, 12, 3, torch.float32, CPU)
+    found, wanted = providers()[name](pair), truth(pair)
+    assert relative_error(found, wanted[: len(found)]) < 1e-5
+    assert len(found) == (1 if "scores only" in name else 3)
+
+
+@pytest.mark.parametrize("active", [1.0, 0.3])
+def test_every_optimizer_makes_the_same_first_step(active: float) -> None:
+    case = Case(Model("tiny", 2, 16, 4), active, CPU)
+    peers = [case.torch_adamw(kind) for kind in ("fused", "foreach", "for-loop")] if active == 1.0 else []
+    for provider in (case.masked(), case.masked("reference"), *peers):
+        assert provider.error is not None
+        assert provider.error(provider.call()) < 1e-6
+    assert case.bytes == 28 * int(case.values.sum())
