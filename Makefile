@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: run setup test test-gpu lint bench wheel clean
+.PHONY: run setup test test-gpu lint bench bench-gpu wheel clean
 
 run: .venv/.demo
 	$(BIN)/fibecfed run $(ARGS)
@@ -24,8 +24,14 @@ lint: .venv/.dev
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+# rows go to benchmarks/results/results.csv; ARGS="--shapes all" measures every shape
+bench: .venv/.dev .venv/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --on cpu $(ARGS)
+	$(BIN)/python -m benchmarks.plot
+
+bench-gpu: .venv/.dev .venv/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --on cuda $(ARGS)
+	$(BIN)/python -m benchmarks.plot
 
 wheel: .venv/.installed
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
@@ -44,6 +50,10 @@ wheel: .venv/.installed
 
 .venv/.dev: .venv/.installed
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+.venv/.bench: .venv/.installed requirements-bench.txt
+	$(BIN)/pip install -q --no-deps -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -123,10 +123,11 @@ FLOATS = ("ms20", "ms50", "ms80", "gbps", "floor_ms", "floor_percent", "bandwidt
 def row(provider: str = "fibecfed", ms: float | None = 2.0, **changes: Any) -> Row:
     fields: dict[str, Any] = {
         "run": "2026-01-01T00:00:00Z", "benchmark": "fisher", "provider": provider, "mode": "cold", "shape": "N=8",
-        "dtype": "float32", "ms20": ms, "ms50": ms, "ms80": ms, "bytes": 1000, "flop": 8000, "gbps": 1.0, "floor_ms": 1.0,
-        "floor_percent": None if ms is None else 100 / ms, "limit": "bytes", "bandwidth_gbps": 10.0, "rate_gflops": 100.0,
-        "launches": None, "host_us": None, "peak_bytes": 7, "error": 1e-7, "tolerance": 1e-4, "rounds": 5, "device": "box",
-        "driver": "", "threads": "2", "python": "3", "torch": "2", "triton": "3", "fibecfed": "0", "commit": "abc",
+        "dtype": "float32", "ms20": ms, "ms50": ms, "ms80": ms, "bytes": 1000, "flop": 8000, "gbps": 1.0,
+        "floor_ms": 1.0, "floor_percent": None if ms is None else 100 / ms, "limit": "bytes", "bandwidth_gbps": 10.0,
+        "rate_gflops": 100.0, "launches": None, "host_us": None, "peak_bytes": 7, "error": 1e-7, "tolerance": 1e-4,
+        "rounds": 5, "device": "box", "driver": "", "threads": "2", "python": "3", "torch": "2", "triton": "3",
+        "fibecfed": "0", "commit": "abc",
     }  # fmt: skip
     return Row(**{**fields, **changes})
 
