@@ -30,6 +30,7 @@ class Choice:
     gal: tuple[int, ...]
     sensitivity: dict[int, float] = field(default_factory=dict)
     lossless: dict[str, Any] = field(default_factory=dict)
+    neuron_shares: dict[int, float] = field(default_factory=dict)
     bytes_up: int = 0
 
 

@@ -69,7 +69,8 @@ class InitRecord(Scored):
     gal: the layers that travel. rows_active, masks {layer: [active rows, rows]}: of one device. majority: accuracy of
     always naming the most frequent class; personal_majority: the same on every device's own test samples. sensitivity:
     {layer: I_l}, empty where it was not measured. lossless: the rule's decision, "found", "count" and for each device
-    asked its spectrum, Lipschitz estimate and gap; empty where the number of layers was given. devices: {"size",
+    asked its spectrum, Lipschitz estimate and gap; empty where the number of layers was given. neuron_shares {layer:
+    share of active rows}: by the rule in each local layer; empty where one share is given for all. devices: {"size",
     "labels" (samples of each class)}. With lazy scoring no scores are known yet.
     """
 
@@ -80,6 +81,7 @@ class InitRecord(Scored):
     personal_majority: float | None = None
     sensitivity: dict[int, float | None] = field(default_factory=dict)
     lossless: dict[str, Any] = field(default_factory=dict)
+    neuron_shares: dict[int, float] = field(default_factory=dict)
     masks: dict[int, list[int]] = field(default_factory=dict)
     devices: list[dict[str, Any]] = field(default_factory=list)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class _Simulation:
         assert before.init is not None
         self._announce(path)
         self.client.gal = tuple(before.init.gal)
-        self._use_shares(before.init)
+        self._use_shares(before.init.neuron_shares)
         self._divide()
         finished, elapsed = load_checkpoint(path, self.server, self.store, self.fed.devices)
         self.watch.add(elapsed)
@@ -137,23 +137,21 @@ class _Simulation:
             choice = choose_layers(fed, self.client, self.watch, self.observer.on_phase)
             self.client.gal = choice.gal
             if config.neurons.rule == "lossless":
-                choice.lossless["neuron_shares"] = neuron_shares(fed, self.client, self.watch, self.observer.on_phase)
+                choice.neuron_shares = neuron_shares(fed, self.client, self.watch, self.observer.on_phase)
             if not config.curriculum.lazy and self.client.needs_scores:
                 score_all(fed, self.client, self.watch, self.observer.on_phase)
+        self._use_shares(choice.neuron_shares)
         self._divide()
-        init = self._init_record(choice)
-        self._use_shares(init)
-        return init
+        return self._init_record(choice)
 
     def _divide(self) -> None:
         """Part the adapter into what the server holds (GAL, head) and what every device keeps (local layers)."""
         self.server = Server(self.flat, self.client.gal, self.config.wire.dtype, self.config.seed)
         self.store = LocalStore(self.flat, self.client.gal, len(self.fed.devices))
 
-    def _use_shares(self, init: InitRecord) -> None:
-        shares = init.lossless.get("neuron_shares")
-        if shares is not None:
-            self.client.neuron_share = {int(layer): share for layer, share in shares.items()}
+    def _use_shares(self, shares: Mapping[int, float]) -> None:
+        if shares:
+            self.client.neuron_share = dict(shares)
 
     def _init_record(self, choice: Choice) -> InitRecord:
         fed, mask = self.fed, self.client.mask(self.fed.devices[0])
@@ -164,6 +162,7 @@ class _Simulation:
             gal=list(choice.gal),
             sensitivity=choice.sensitivity,
             lossless=choice.lossless,
+            neuron_shares=choice.neuron_shares,
             rows_active=int(mask.sum()),
             rows_total=self.flat.num_rows,
             masks={layer: [int(mask[rows].sum()), rows.stop - rows.start] for layer, rows in spans.items()},

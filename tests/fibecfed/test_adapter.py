@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +69,44 @@ def test_order_and_identity_are_stable_and_tell_models_apart() -> None:
     assert one.identity["base_model"] != FlatAdapter(tiny("llama")).identity["base_model"]
 
 
+def test_identity_is_of_what_is_computed_and_not_of_where_it_came_from() -> None:
+    wanted = dict(FlatAdapter(tiny()).identity)
+    moved = tiny()
+    moved.config._name_or_path = "/somewhere/else"
+    moved.config.id2label = {0: "a", 1: "b", 2: "c"}
+    assert dict(FlatAdapter(moved).identity) == wanted
+    for other in (tiny(lora_alpha=9), tiny(use_rslora=True), tiny(target_modules=["query", "key"])):
+        identity = FlatAdapter(other).identity
+        assert identity["base_model"] == wanted["base_model"]
+        assert identity["adapter"] != wanted["adapter"]
+    names = ["value", "query", "key", "dense"]  # a set in PEFT, whose order is another one in every process
+    adapters = json.loads(FlatAdapter(tiny(target_modules=names)).identity["adapter"])
+    assert adapters["default"]["target_modules"] == sorted(names)
+
+
+def test_without_a_head_its_slices_are_empty() -> None:
+    flat = FlatAdapter(get_peft_model(base("bert"), LoraConfig(r=4, target_modules=["query"])))
+    assert flat.values(None) == slice(flat.numel, flat.numel)
+    assert flat.rows(None) == slice(flat.num_rows, flat.num_rows)
+
+
+def test_copied_values_are_the_models_and_not_the_callers() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    values = torch.arange(float(flat.numel))
+    flat.copy_(values)
+    values.zero_()
+    flat.check()
+    assert torch.equal(
+        torch.cat([p.detach().flatten() for _, p in flat.named_views()]), torch.arange(float(flat.numel))
+    )
+    with pytest.raises(ValueError, match=r"values: \(1,\)"):
+        flat.copy_(torch.zeros(1))
+    model.double()
+    with pytest.raises(BrokenViewsError, match="left the flat buffer"):
+        flat.copy_(values)
+
+
 def test_zero_grad_keeps_the_views() -> None:
     model = tiny()
     flat = FlatAdapter(model)
@@ -75,10 +114,24 @@ def test_zero_grad_keeps_the_views() -> None:
     flat.zero_grad()
     assert flat.grad.abs().max() == 0
     model.zero_grad()  # sets .grad to None
+    flat.data.grad = None
     flat.zero_grad()  # takes them back
+    assert flat.data.grad is flat.grad
     model(**batch()).loss.backward()
     flat.check()
     assert flat.grad.abs().max() > 0
+
+
+def test_zero_grad_refuses_what_left_the_buffer() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    drop_gradients(model)
+    with pytest.raises(BrokenViewsError, match="gradient left the flat buffer"):
+        flat.zero_grad()
+    model.zero_grad()
+    model.double()
+    with pytest.raises(BrokenViewsError, match="left the flat buffer"):
+        flat.zero_grad()
 
 
 def replace(model: nn.Module) -> None:
@@ -91,6 +144,11 @@ def drop_gradients(model: nn.Module) -> None:
     model(**batch()).loss.backward()
 
 
+def reinterpret(model: nn.Module) -> None:
+    head = model.base_model.model.classifier.modules_to_save["default"].bias
+    head.data = head.data.view(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("breaks", "match"),
     [
@@ -98,8 +156,10 @@ def drop_gradients(model: nn.Module) -> None:
         (lambda m: m.to(torch.bfloat16), "left the flat buffer"),
         (replace, r"layer\.1\.attention\.self\.query.*replaced"),
         (drop_gradients, "gradient left the flat buffer"),
+        (lambda m: m.zero_grad(), "gradient left the flat buffer"),
+        (reinterpret, r"classifier.*bias \(torch.bfloat16 on cpu\) left the flat buffer"),
     ],
-    ids=["double", "bf16", "replaced", "zero_grad"],
+    ids=["double", "bf16", "replaced", "zero_grad-and-backward", "zero_grad", "reinterpreted"],
 )
 def test_broken_views_are_refused_by_name(breaks: Callable[[nn.Module], object], match: str) -> None:
     model = tiny()
@@ -117,11 +177,24 @@ def test_a_bf16_model_trains_a_float32_buffer() -> None:
     assert flat.grad[flat.values(None)].abs().max() > 0
 
 
+def test_a_bf16_module_casts_what_is_floating_once() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).bfloat16()
+    flat = FlatAdapter(model)
+    model(torch.tensor([0, 3])).sum().backward()
+    assert flat.grad.abs().max() > 0
+    assert [len(module._forward_pre_hooks) for module in model] == [1, 1]
+
+
 def test_a_model_with_nothing_to_train_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model: NoneType, wanted a torch\.nn\.Module"):
         FlatAdapter(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no trainable parameter"):
         FlatAdapter(base("bert").requires_grad_(False))
+
+
+def test_a_model_on_two_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainable parameters on \['cpu', 'meta'\], wanted one device"):
+        FlatAdapter(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
 
 
 class TwoStacks(nn.Module):

@@ -65,6 +65,14 @@ def test_left_padded_batch_of_a_decoder_counts_positions_from_the_first_token() 
     assert "token_type_ids" not in batch
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_the_tokenizers_in_tokens_and_0_in_types(side: str) -> None:
+    tokens, types, offsets = np.array([5, 6, 8]), np.array([1, 2, 3]), np.array([0, 2, 3])
+    batch = collate(Encoded(tokens, types, offsets, np.array([1, 0]), 9, side), [0, 1])
+    assert batch["input_ids"].tolist() == [[5, 6], [8, 9] if side == "right" else [9, 8]]
+    assert batch["token_type_ids"].tolist() == [[1, 2], [3, 0] if side == "right" else [0, 3]]
+
+
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     side=st.sampled_from(["left", "right"]),
@@ -122,6 +130,10 @@ def test_long_samples_are_cut_to_max_tokens() -> None:
     assert encode(split([20, 4]), tokenizer("llama"), 8).lengths.tolist() == [8, 4]
 
 
+def test_max_tokens_may_be_all_that_the_model_takes() -> None:
+    assert encode(split([80, 4]), tokenizer("bert"), 64).lengths.tolist() == [64, 6]
+
+
 def test_batches_keep_order_and_cover() -> None:
     pieces = batches(np.array([5, 3, 1, 0, 2]), 2)
     assert [piece.tolist() for piece in pieces] == [[5, 3], [1, 0], [2]]
@@ -150,6 +162,8 @@ def test_buckets_are_sorted_by_length_and_their_inverse_restores_order(
 def test_what_cannot_be_tokenised_is_refused() -> None:
     with pytest.raises(ValueError, match="max_tokens is 2, wanted more than the 2 special tokens"):
         encode(split(), tokenizer("bert"), 2)
+    with pytest.raises(ValueError, match="max_tokens is 3, wanted more than the 3 special tokens"):
+        encode(split(pairs=True), tokenizer("bert"), 3)
     with pytest.raises(ValueError, match=r"max_tokens is 65, wanted .* at most the model's 64"):
         encode(split(), tokenizer("llama"), 65)
     with pytest.raises(ValueError, match="no padding token"):

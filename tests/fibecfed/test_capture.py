@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fibecfed import capture_fisher
+from fibecfed import FisherCaptureError, capture_fisher
 from tests.fibecfed.tiny import KINDS, LAYERS, batch, fill_b, sample, tiny
 
 
@@ -185,6 +185,29 @@ def test_packed_batches_by_cu_seqlens() -> None:
     assert_close(fisher.scores, torch.stack(truth))
 
 
+class Grid(nn.Module):
+    """A linear over samples of several axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)).flatten(1).sum(1).square()
+
+
+@pytest.mark.parametrize("axes", [(), (3,), (2, 3), (2, 1, 3)])
+def test_samples_of_any_number_of_axes(axes: tuple[int, ...]) -> None:
+    model = get_peft_model(Grid(), LoraConfig(r=2, target_modules=["first"]))
+    fill_b(model)
+    x = torch.randn(4, *axes, 6)
+    with capture_fisher(model, "sum") as fisher:
+        model(x).sum().backward()
+    parameters = list(lora_parameters(model).values())
+    own = [torch.autograd.grad(model(x[n : n + 1]).sum(), parameters) for n in range(4)]
+    assert_close(fisher.scores, torch.stack([sum(g.double().square().sum() for g in grads) for grads in own]))
+
+
 def test_without_weight_grad_lora_gradients_stay_untouched() -> None:
     model, whole = tiny("bert"), batch()
     with capture_fisher(model, weight_grad=False) as fisher:
@@ -203,3 +226,31 @@ def test_the_model_is_itself_again_after_the_block_also_after_an_error() -> None
                 raise KeyError("mine")
         assert not any("forward" in module.__dict__ for module in model.modules())
     assert torch.equal(model(**whole).loss, before)
+
+
+def test_an_error_before_any_backward_comes_out_as_it_is() -> None:
+    with pytest.raises(KeyError, match="mine"), capture_fisher(tiny("bert")):
+        raise KeyError("mine")
+
+
+def test_a_capture_can_be_used_again_also_after_an_error() -> None:
+    model, whole = tiny("bert"), batch()
+    fisher = capture_fisher(model)
+    with fisher:
+        model(**whole).loss.backward()
+    first = fisher.scores
+
+    def fail() -> None:
+        with fisher:
+            model(**whole).loss.backward()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    with pytest.raises(FisherCaptureError, match="scores: not there yet"):
+        _ = fisher.scores
+    with pytest.raises(FisherCaptureError, match="diagonal: not there yet"):
+        _ = fisher.diagonal
+    with fisher:
+        model(**whole).loss.backward()
+    assert torch.equal(fisher.scores, first)

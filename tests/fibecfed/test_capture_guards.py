@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from fibecfed import FisherCaptureError, UnsupportedModuleError, capture_fisher
-from tests.fibecfed.tiny import base, batch, tiny
+from fibecfed.lora import lora_pairs
+from tests.fibecfed.test_capture import assert_close, loop_truth
+from tests.fibecfed.tiny import LAYERS, base, batch, fill_b, tiny
 
 
 def run(model: nn.Module) -> None:
@@ -47,10 +50,55 @@ def frozen(side: str) -> Callable[[], nn.Module]:
     return make
 
 
-def shared() -> nn.Module:
+def shared(side: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = tiny()
+        first, second = (model.base_model.model.bert.encoder.layer[i].attention.self.query for i in (0, 1))
+        getattr(second, side)["default"].weight = getattr(first, side)["default"].weight
+        return model
+
+    return make
+
+
+def two_adapters() -> tuple[nn.Module, LoraLinear]:
+    """A model with an idle, frozen second adapter, and one of its queries."""
     model = tiny()
-    first, second = (model.base_model.model.bert.encoder.layer[i].attention.self.query for i in (0, 1))
-    second.lora_A["default"].weight = first.lora_A["default"].weight
+    model.add_adapter("other", LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
+    return model, model.base_model.model.bert.encoder.layer[1].attention.self.query
+
+
+def idle_but_trainable(side: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model, query = two_adapters()
+        getattr(query, side)["other"].weight.requires_grad_(True)
+        return model
+
+    return make
+
+
+def none_active() -> nn.Module:
+    model, query = two_adapters()
+    query._active_adapter = []
+    return model.requires_grad_(False)
+
+
+class Kin(LoraLinear):
+    """Another tuner's layer that builds on LoRA's."""
+
+
+class KinOfLinear(nn.Linear):
+    """A linear that may compute anything."""
+
+
+def kin() -> nn.Module:
+    model = tiny()
+    model.base_model.model.bert.encoder.layer[1].attention.self.query.__class__ = Kin
+    return model
+
+
+def kin_of_linear() -> nn.Module:
+    model = tiny()
+    model.base_model.model.bert.encoder.layer[1].attention.self.query.lora_A["default"].__class__ = KinOfLinear
     return model
 
 
@@ -65,13 +113,44 @@ def shared() -> nn.Module:
         (frozen("lora_B"), r"layer\.1\.attention\.self\.query.*lora_B.*frozen"),
         (lambda: tiny(lora_bias=True), r"query.*bias"),
         (lambda: tiny(target_modules=["query", "word_embeddings"]), r"word_embeddings.*Embedding.*not supported"),
-        (shared, r"layer\.1\.attention\.self\.query.*shares"),
+        (shared("lora_A"), r"layer\.1\.attention\.self\.query.*shares"),
+        (shared("lora_B"), r"layer\.1\.attention\.self\.query.*shares"),
+        (idle_but_trainable("lora_A"), r"layer\.1\.attention\.self\.query: adapter other is there but not active"),
+        (idle_but_trainable("lora_B"), r"layer\.1\.attention\.self\.query: adapter other is there but not active"),
+        (kin, r"layer\.1\.attention\.self\.query.*Kin is not supported"),
+        (kin_of_linear, r"layer\.1\.attention\.self\.query: lora_A of adapter 'default' is a KinOfLinear"),
     ],
-    ids=["dora", "merged", "disabled", "inactive", "frozen-a", "frozen-b", "bias", "embedding", "shared"],
+    ids=[
+        *("dora", "merged", "disabled", "inactive", "frozen-a", "frozen-b", "bias", "embedding"),
+        *("shared-a", "shared-b", "idle-a", "idle-b", "kin", "kin-of-linear"),
+    ],
 )
 def test_a_module_that_is_not_understood_is_refused_by_name(make: Callable[[], nn.Module], match: str) -> None:
     with pytest.raises(UnsupportedModuleError, match=match):
         run(make())
+
+
+def test_a_module_of_which_no_adapter_is_active_is_refused_though_all_is_frozen() -> None:
+    with pytest.raises(UnsupportedModuleError, match=r"adapter default, other is there but not active"):
+        lora_pairs(none_active().base_model.model.bert.encoder.layer[1].attention.self)
+
+
+def test_an_idle_adapter_is_no_hindrance_and_two_active_ones_are_both_seen() -> None:
+    model, _ = two_adapters()
+    with capture_fisher(model) as fisher:
+        model(**batch()).loss.backward()
+    assert all(".default." in name for name in fisher.diagonal)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.set_adapter(["default", "other"])
+    fill_b(model)
+    whole = batch()
+    with capture_fisher(model) as fisher:
+        model(**whole).loss.backward()
+    scores, diagonal = loop_truth(model, whole)
+    assert fisher.diagonal.keys() == diagonal.keys()
+    assert len(diagonal) == 2 * 4 * LAYERS
+    assert_close(fisher.scores, scores)
 
 
 def test_a_model_without_lora_is_refused() -> None:
@@ -131,6 +210,15 @@ def test_a_forward_outside_the_block_is_refused() -> None:
     loss = model(**batch()).loss
     with pytest.raises(FisherCaptureError, match="forward and backward inside"), capture_fisher(model):
         loss.backward()
+
+
+def test_an_a_whose_output_goes_elsewhere_than_into_b_is_refused() -> None:
+    model = twice()
+    with (
+        pytest.raises(FisherCaptureError, match=r"first: A's output did not go into B alone"),
+        capture_fisher(model),
+    ):
+        model.base_model.model.first.lora_A["default"](torch.randn(3, 4)).sum().backward()
 
 
 class Regrouped(nn.Module):

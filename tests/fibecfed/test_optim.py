@@ -21,22 +21,56 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: int, scheduler: A
             scheduler.step()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_all_rows_active_trains_as_torch_does_with_a_scheduler(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("adamw", {"weight_decay": 0.1}),
+        ("adamw", {"betas": (0.5, 0.9), "eps": 1e-2}),
+        ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+        ("sgd", {}),
+    ],
+    ids=["adamw", "adamw-eps", "nesterov", "dampening", "sgd"],
+)
+def test_all_rows_active_trains_as_torch_does_with_a_scheduler(kind: str, options: dict[str, Any]) -> None:
     ours, theirs = tiny(), tiny()
     flat = FlatAdapter(ours)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     if kind == "adamw":
-        mine: torch.optim.Optimizer = MaskedAdamW(flat, lr=1e-2, weight_decay=0.1)
-        reference: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+        mine: torch.optim.Optimizer = MaskedAdamW(flat, lr=1e-2, **options)
+        reference: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-2, **options)
     else:
-        mine = MaskedSGD(flat, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1)
-        reference = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1)
+        mine = MaskedSGD(flat, lr=1e-2, **options)
+        reference = torch.optim.SGD(parameters, lr=1e-2, **options)
     for model, optimizer in ((ours, mine), (theirs, reference)):
         train(model, optimizer, 10, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
     named = dict(theirs.named_parameters())
     for entry, parameter in flat.named_views():
         torch.testing.assert_close(parameter, named[entry.name], rtol=1e-4, atol=1e-6)
+
+
+def test_defaults_are_torchs() -> None:
+    flat, parameter = FlatAdapter(tiny()), torch.nn.Parameter(torch.zeros(1))
+    for mine, reference in (
+        (MaskedAdamW(flat), torch.optim.AdamW([parameter])),
+        (MaskedSGD(flat), torch.optim.SGD([parameter])),
+    ):
+        own = {name: value for name, value in mine.defaults.items() if name != "mask"}
+        assert own == {name: reference.defaults[name] for name in own}
+
+
+def test_the_state_is_named_as_torch_names_it() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    adamw, sgd, momentum = MaskedAdamW(flat, lr=1e-3), MaskedSGD(flat, lr=1e-3), MaskedSGD(flat, lr=1e-3, momentum=0.9)
+    train(model, adamw, 1)
+    state = adamw.state[flat.data]
+    torch.testing.assert_close(state["exp_avg"], 0.1 * flat.grad)
+    torch.testing.assert_close(state["exp_avg_sq"], 1e-3 * flat.grad.square())
+    train(model, sgd, 1)
+    assert set(sgd.state[flat.data]) == {"step"}
+    train(model, momentum, 1)
+    assert set(momentum.state[flat.data]) == {"step", "momentum_buffer"}
 
 
 def half_mask(flat: FlatAdapter) -> torch.Tensor:
@@ -86,6 +120,33 @@ def test_a_changed_mask_keeps_every_rows_own_step_count() -> None:
     assert optimizer.state[flat.data]["step"].tolist() == torch.where(mask, 2, 1).tolist()
 
 
+def test_a_mask_is_the_optimizers_own() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    mask = half_mask(flat)
+    optimizer = MaskedAdamW(flat, mask)
+    wanted = mask.clone()
+    mask.fill_(True)
+    assert torch.equal(optimizer.mask, wanted)
+
+
+def test_a_state_of_another_adapter_is_refused_by_name_and_changes_nothing() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    optimizer = MaskedAdamW(flat)
+    train(model, optimizer, 1)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0][name] = torch.zeros(3)
+        with pytest.raises(ValueError, match=f"state_dict: {name} holds 3 values"):
+            optimizer.load_state_dict(state)
+        assert optimizer.state[flat.data][name].numel() > 3
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["mask"] = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask"):
+        optimizer.load_state_dict(state)
+
+
 def test_grad_scaler_unscales_and_skips_overflow() -> None:
     model = tiny()
     flat = FlatAdapter(model)
@@ -132,6 +193,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
     flat = FlatAdapter(model)
     with pytest.raises(ValueError, match="mask"):
         MaskedAdamW(flat, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask: torch.int64"):
+        MaskedAdamW(flat, torch.ones(flat.num_rows, dtype=torch.int64))
     with pytest.raises(TypeError, match="flat"):
         MaskedAdamW(model)  # type: ignore[arg-type]
     trained, other = MaskedAdamW(flat), MaskedAdamW(FlatAdapter(tiny(r=5)))

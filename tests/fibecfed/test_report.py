@@ -118,7 +118,6 @@ def test_the_summary_shows_accuracy_beside_the_majority_class_layers_traffic_and
     ("lossless", "words"),
     [
         ({}, None),
-        ({"neuron_shares": {"0": 0.5}}, None),
         ({"found": True, "count": 2}, "(number by the lossless rule)"),
         ({"found": False, "count": 2}, "no gap"),
         ({"found": True, "count": 3, "decides": False}, "(number by gal; the lossless rule would say 3)"),

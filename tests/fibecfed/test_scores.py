@@ -5,10 +5,18 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from fibecfed.config import ConfigError
-from fibecfed.scores import write_scores
+from fibecfed import score_samples
+from fibecfed.batches import collate, encode, length_buckets
+from fibecfed.config import ConfigError, RunConfig, load_config
+from fibecfed.federation import load_base, load_data
+from fibecfed.scores import score_data, write_scores
+
+from .checkpoints import WORDS, checkpoint
+from .tables import write
 
 COLUMNS = {
     "index": [0, 1],
@@ -45,3 +53,65 @@ def test_scores_are_written_whole_or_not_at_all(tmp_path: Path, name: str) -> No
 def test_scores_of_an_unknown_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"scores.json: wanted a file that ends in .parquet or .csv"):
         write_scores(tmp_path / "scores.json", COLUMNS)
+    with pytest.raises(ConfigError, match=r"missing.scores.csv: no such folder as .*missing"):
+        write_scores(tmp_path / "missing" / "scores.csv", COLUMNS)
+    assert not list(tmp_path.iterdir())
+
+
+def config(folder: Path, *overrides: str) -> RunConfig:
+    """A configuration of 20 samples of two named classes, of other lengths each, with a second text."""
+    rng = np.random.default_rng(0)
+
+    def words(most: int) -> str:
+        return " ".join(WORDS[w] for w in rng.integers(0, 40, rng.integers(2, most)))
+
+    rows = [{"text": words(20), "text_pair": words(6), "label": ("no", "yes")[i % 2]} for i in range(20)]
+    paths = [
+        f"data.source={write(folder / 'data.jsonl', rows)}",
+        f"model.source={checkpoint(folder / 'model', 'bert')}",
+    ]
+    return load_config(None, [*paths, "device=cpu", "eval.batch_size=3", "data.max_tokens=16", "seed=4", *overrides])
+
+
+def one_by_one(config: RunConfig) -> torch.Tensor:
+    task = load_data(config)
+    loaded = load_base(config, 2)
+    samples = encode(task.train, loaded.tokenizer, config.data.max_tokens)
+    return score_samples(loaded.model, [collate(samples, [i]) for i in range(len(samples))]).scores
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_training_sample_has_its_own_score_and_its_rank(tmp_path: Path) -> None:
+    settings, told = config(tmp_path), []
+    columns = score_data(settings, lambda done, total: told.append((done, total)))
+    train = load_data(settings).train
+    assert list(columns) == ["index", "text", "pair", "label", "score", "rank"]
+    assert columns["index"] == list(range(16))
+    assert columns["text"] == train.text
+    assert columns["pair"] == train.pair
+    assert columns["label"] == [("no", "yes")[label] for label in train.labels]
+    assert columns["score"] == pytest.approx(one_by_one(settings).tolist(), rel=1e-4)
+    assert len(set(columns["score"])) == 16
+    assert [columns["rank"].index(rank) for rank in range(16)] == np.argsort(columns["score"]).tolist()
+    assert told == [(done, 16) for done in (3, 6, 9, 12, 15, 16)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_models_own_labels_and_autocast_are_as_the_configuration_says(tmp_path: Path) -> None:
+    plain = score_data(config(tmp_path))["score"]
+    settings = config(tmp_path, "curriculum.labels=model")
+    loaded, split = load_base(settings, 2), load_data(settings).train
+    samples = encode(split, loaded.tokenizer, 16)
+    buckets = length_buckets(samples, 3)
+    own = score_samples(
+        loaded.model,
+        [collate(samples, bucket) for bucket in buckets.batches],
+        labels="model",
+        generator=torch.Generator().manual_seed(4),
+    )
+    drawn = score_data(settings)["score"]
+    assert drawn == own.scores[torch.from_numpy(buckets.inverse)].tolist()
+    assert drawn != plain
+    rounded = score_data(config(tmp_path, "autocast=true"))["score"]
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, rel=0.2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fibecfed import capture_fisher, score_samples
-from fibecfed.scoring import classification_loss
+from fibecfed.scoring import classification_loss, model_labels
 from tests.fibecfed.test_capture import assert_close, loop_truth
 from tests.fibecfed.tiny import KINDS, batch, tiny
 
@@ -61,13 +65,66 @@ def test_scoring_is_what_capture_gives_for_the_same_loss() -> None:
     assert torch.equal(score_samples(model, [whole]).scores, fisher.scores)
 
 
+def test_the_mode_comes_back_after_an_error_too() -> None:
+    model = tiny("bert").train()
+    with pytest.raises(ValueError, match="logits"):
+        score_samples(model, [{**batch(), "labels": torch.zeros(5)}])
+    assert all(module.training for module in model.modules())
+
+
+def test_scoring_works_where_gradients_are_off() -> None:
+    model = tiny("bert")
+    with torch.no_grad():
+        found = score_samples(model, [batch()]).scores
+    assert torch.equal(found, score_samples(model, [batch()]).scores)
+
+
+def test_progress_is_told_as_the_samples_of_each_batch() -> None:
+    told: list[int] = []
+    score_samples(tiny("bert"), [batch(samples=n) for n in (5, 2, 3)], on_batch=told.append)
+    assert told == [5, 2, 3]
+
+
+class Fixed(nn.Module):
+    """Gives the same logits whatever it is asked."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, **batch: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits)
+
+
+def test_labels_are_drawn_with_the_models_own_probabilities() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0])
+    drawn = model_labels(Fixed(logits.expand(20_000, 3)), {}, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    torch.testing.assert_close(shares, logits.softmax(0), rtol=0, atol=0.015)
+
+
+def test_losses_are_float32_whatever_the_logits_are() -> None:
+    logits, labels = torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 1])
+    found = classification_loss(Fixed(logits), {"labels": labels})
+    assert found.dtype == torch.float32
+    assert torch.equal(found, nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
+
+
+def one_short(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return classification_loss(model, batch)[:-1]
+
+
 def test_bad_input_is_refused_by_name() -> None:
     model = tiny("bert")
     with pytest.raises(ValueError, match="loader"):
         score_samples(model, [])
     with pytest.raises(ValueError, match="labels"):
         score_samples(model, [batch()], labels="both")
-    with pytest.raises(ValueError, match="sample_loss"):
+    with pytest.raises(ValueError, match=r"sample_loss: gave shape \(\), wanted \(N,\)"):
         score_samples(model, [batch()], sample_loss=lambda m, b: m(**b).loss)
+    with pytest.raises(ValueError, match="sample_loss: 4 losses for 5 samples"):
+        score_samples(model, [batch()], sample_loss=one_short)
     with pytest.raises(ValueError, match=r"labels.*float"):
         score_samples(model, [{**batch(), "labels": torch.zeros(5)}])
+    with pytest.raises(ValueError, match=r"logits \(5, 3\), labels torch.int64 \(5, 1\): wanted"):
+        score_samples(model, [{**batch(), "labels": batch()["labels"][:, None]}])

@@ -185,7 +185,13 @@ def test_every_switch_runs(sources: tuple[Path, Path], tmp_path: Path, overrides
         assert record.rounds[0].global_accuracy is None
     if "neurons.rule=lossless" in overrides:
         local = set(range(LAYERS)) - set(record.init.gal)
-        assert set(record.init.lossless["neuron_shares"]) == local
+        shares = record.init.neuron_shares
+        assert set(shares) == local
+        for layer, (active, rows) in record.init.masks.items():
+            assert active == round(shares.get(layer, 1.0) * rows)
+        assert record.init.rows_active == record.rounds[0].rows_active
+        assert record.path is not None
+        assert without_timings(read_record(record.path)) == without_timings(record)
 
 
 def test_it_learns(sources: tuple[Path, Path], tmp_path: Path) -> None:

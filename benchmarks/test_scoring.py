@@ -1,0 +1,131 @@
+"""Scoring a data set, and a training step with and without the capture: MiniLM on the demo's film reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fibecfed import capture_fisher, score_samples
+from fibecfed.batches import Encoded, batches, collate, encode, length_buckets
+from fibecfed.config import load_config
+from fibecfed.federation import load_base, load_data
+from fibecfed.scoring import classification_loss
+
+from .comparison import Comparison, Provider, Work, relative_error
+
+SAMPLES, BATCH, STEP = 256, 32, 32
+TOLERANCES = {"float32": 1e-3, "bfloat16": 1.0}  # bf16 is compared by rank, in a row's provider name
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The demo's model with an adapter that has left zero, and some of its samples."""
+
+    model: nn.Module
+    data: Encoded
+    device: torch.device
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return {key: value.to(self.device) for key, value in collate(self.data, indices).items()}
+
+    @property
+    def arrival(self) -> list[Batch]:
+        return [self.batch(part) for part in batches(np.arange(SAMPLES), BATCH)]
+
+    @property
+    def lora(self) -> list[nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if "lora_" in name]
+
+
+@cache
+def job(device: torch.device) -> Job:
+    config = load_config(None, [f"device={device.type}", f"data.max_train={SAMPLES}"])
+    task = load_data(config)
+    loaded = load_base(config, len(task.classes))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if "lora_B" in name:  # with B = 0 half of every gradient is zero
+                parameter.normal_(std=0.02)
+    return Job(loaded.model.eval(), encode(task.train, loaded.tokenizer, config.data.max_tokens), device)
+
+
+def loop(of: Job) -> Tensor:
+    """One sample, one backward pass."""
+    scores = []
+    for n in range(SAMPLES):
+        loss = classification_loss(of.model, of.batch(np.array([n]))).sum()
+        scores.append(sum(g.square().sum() for g in torch.autograd.grad(loss, of.lora)))
+    return torch.stack(scores)
+
+
+def plain(of: Job, parts: list[Batch]) -> None:
+    """Forward and backward alone, for the ordinary gradients of what is trained; nothing is scored."""
+    for batch in parts:
+        of.model.zero_grad()
+        classification_loss(of.model, batch).sum().backward()
+
+
+def scored(of: Job, arrival: bool = False, bf16: bool = False) -> Tensor:
+    """score_samples in arrival order, or on batches of like length as the driver makes them."""
+    buckets = length_buckets(of.data, BATCH)
+    parts = of.arrival if arrival else [of.batch(bucket) for bucket in buckets.batches]
+    with torch.autocast(of.device.type, torch.bfloat16, enabled=bf16):
+        scores = score_samples(of.model, parts).scores
+    return scores if arrival else scores[torch.from_numpy(buckets.inverse).to(scores.device)]
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's."""
+    ranks = torch.stack([t.cpu().argsort().argsort().double() for t in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_score_samples(compare: Comparison, device: torch.device) -> None:
+    of = job(device)
+    truth = loop(of).double()
+
+    def error(found: Tensor) -> float:
+        return relative_error([found], [truth])
+
+    rank = rank_correlation(scored(of, bf16=True), truth)
+    providers: dict[str, Provider] = {
+        "fibecfed": Provider(lambda: scored(of), error),
+        "fibecfed, arrival order": Provider(lambda: scored(of, arrival=True), error),
+        f"fibecfed, bf16 autocast (rank correlation {rank:.4f})": Provider(lambda: scored(of, bf16=True)),
+        "batch-of-1 loop": Provider(lambda: loop(of), error),
+        "forward + backward alone, arrival order": Provider(lambda: plain(of, of.arrival)),
+    }
+    read = sum(p.numel() * p.element_size() for p in of.model.parameters())
+    tokens = int(of.data.lengths[:SAMPLES].sum())
+    body = sum(m.weight.numel() for m in of.model.modules() if isinstance(m, nn.Linear))
+    work = Work("scoring", f"MiniLM r=8, {SAMPLES} film reviews", torch.float32, read, 4 * tokens * body)
+    compare(work, providers, TOLERANCES["float32"], modes=("cold",))
+
+
+def test_training_step(compare: Comparison, device: torch.device) -> None:
+    """Forward and backward of one batch; with the capture, scores and diagonal come out of the same backward."""
+    of = job(device)
+    batch = of.batch(length_buckets(of.data, STEP).batches[SAMPLES // STEP // 2])
+
+    def step() -> None:
+        of.model.zero_grad()
+        classification_loss(of.model, batch).mean().backward()
+
+    def captured() -> None:
+        of.model.zero_grad()
+        with capture_fisher(of.model, "mean"):
+            classification_loss(of.model, batch).mean().backward()
+
+    calls: dict[str, Callable[[], None]] = {"fibecfed": captured, "the same step without capture": step}
+    read = sum(p.numel() * p.element_size() for p in of.model.parameters())
+    tokens = int(batch["attention_mask"].sum())
+    body = sum(m.weight.numel() for m in of.model.modules() if isinstance(m, nn.Linear))
+    work = Work("training step", f"MiniLM r=8, N={STEP}", torch.float32, read, 4 * tokens * body)
+    compare(work, {name: Provider(call) for name, call in calls.items()}, 0.0, modes=("warm",))

@@ -1,0 +1,84 @@
+"""Drawing, broadcasting and averaging, and the store of local layers, value by value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fibecfed import BrokenViewsError
+from fibecfed.server import LocalStore, Server
+from fibecfed_kernels import WireError
+
+from .federated import buffer, federation, halves
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_devices_are_drawn_by_seed_and_round_without_replacement_in_order() -> None:
+    flat = federation().flat
+    server, other = Server(flat, (1,), "float32", 3), Server(flat, (1,), "float32", 4)
+    drawn = [server.draw(t, 20, 7) for t in range(1, 20)]
+    assert drawn == [server.draw(t, 20, 7) for t in range(1, 20)]
+    assert all(sorted(set(devices)) == devices and len(devices) == 7 for devices in drawn)
+    assert {k for devices in drawn for k in devices} == set(range(20))
+    assert len({tuple(devices) for devices in drawn}) == len(drawn)
+    assert drawn != [other.draw(t, 20, 7) for t in range(1, 20)]
+
+
+def test_a_broadcast_is_the_servers_values_whatever_the_buffer_held() -> None:
+    fed = federation()
+    server, store = halves(fed)
+    fed.flat.copy_(torch.full_like(fed.flat.data, 9.0))
+    message = server.broadcast(5)
+    store.load(2)
+    fed.flat.data.data[fed.flat.values(1)] = 9.0
+    server.plan.load(message, fed.flat, round=5)
+    assert torch.equal(fed.flat.data.detach(), buffer(fed, server, store.rows[2]))
+    with pytest.raises(WireError, match="round"):
+        server.plan.load(message, fed.flat, round=4)
+
+
+def test_the_mean_of_uploads_is_weighted_and_of_this_round_alone() -> None:
+    fed = federation()
+    server, _ = halves(fed)
+    first, second = torch.randn_like(server.values), torch.randn_like(server.values)
+
+    def upload(values: torch.Tensor, round_: int) -> torch.Tensor:
+        server.plan.scatter_(values, fed.flat)
+        return server.plan.pack(fed.flat, round=round_, num_samples=1)
+
+    server.average((upload(values, 2) for values in (first, second)), [1, 3], 2)
+    torch.testing.assert_close(server.values, (first + 3 * second) / 4)
+    with pytest.raises(WireError, match="round"):
+        server.average([upload(first, 1)], [1], 2)
+
+
+def test_every_device_keeps_its_own_local_layers_and_the_initial_ones_stay() -> None:
+    fed = federation()
+    flat, before = fed.flat, fed.flat.data.detach().clone()
+    store = LocalStore(flat, (1,), 3)
+    local = torch.cat([before[flat.values(0)], before[flat.values(2)]])
+    assert torch.equal(store.rows, local.expand(3, -1))
+    for k in (0, 2):
+        flat.copy_(before + (k + 1))
+        store.save(k)
+    assert torch.equal(store.initial, local)
+    assert torch.equal(store.rows, torch.stack([local + 1, local, local + 3]))
+    for k, shift in ((2, 3.0), (0, 1.0), (1, 0.0)):
+        flat.copy_(torch.full_like(before, 9.0))
+        store.load(k)
+        wanted = before + shift
+        wanted[flat.values(1)] = wanted[flat.values(None)] = 9.0
+        assert torch.equal(flat.data.detach(), wanted)
+    store.load(2)
+    store.reset()
+    assert torch.equal(torch.cat([flat.data.detach()[flat.values(layer)] for layer in (0, 2)]), local)
+
+
+def test_a_model_that_left_the_buffer_is_refused() -> None:
+    fed = federation()
+    server, store = halves(fed)
+    fed.flat.model.double()
+    for write in (server.put, store.reset, lambda: store.load(0), lambda: server.broadcast(1)):
+        with pytest.raises(BrokenViewsError):
+            write()
