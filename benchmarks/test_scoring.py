@@ -14,7 +14,7 @@ from fibecfed import capture_fisher, score_samples
 from fibecfed.batches import Encoded, batches, collate, encode, length_buckets
 from fibecfed.config import load_config
 from fibecfed.federation import load_base, load_data
-from fibecfed.scoring import classification_loss
+from fibecfed.losses import classification_loss
 
 from .comparison import Comparison, Provider, Work, relative_error
 

@@ -33,7 +33,8 @@ class capture_fisher:
         fisher.scores, fisher.diagonal
 
     With g_n the gradient of sample n's own loss by all LoRA parameters: ``scores[n] = ‖g_n‖²`` (N,), the trace of that
-    sample's empirical Fisher diagonal, and ``diagonal[name] = Σ_n g_n²`` in the parameter's shape, float32 both. The
+    sample's empirical Fisher diagonal, ``module_scores[module]`` (N,) its parts, and ``diagonal[name] = Σ_n g_n²`` in
+    the parameter's shape, all float32. The
     ordinary gradients (``.grad``) are made by the same kernel and are what they would be without the block; so is the
     loss. Task heads and other trainable parameters get their gradients but are not scored.
 
@@ -77,6 +78,7 @@ class capture_fisher:
         self._pairs: list[LoraPair] = []
         self._seen: dict[LoraPair, LoraFisherDiag] = {}
         self._scores: Tensor | None = None
+        self._module_scores: dict[str, Tensor] = {}
         self._diagonal: dict[str, Tensor] | None = None
 
     @property
@@ -85,6 +87,12 @@ class capture_fisher:
         if self._scores is None:
             raise FisherCaptureError("scores: not there yet; they are ready when the capture_fisher block has ended")
         return self._scores
+
+    @property
+    def module_scores(self) -> dict[str, Tensor]:
+        """{LoRA module name: float32 (N,)}: the part of ``scores`` that comes from its A and B."""
+        _ = self.scores  # says that it is too early
+        return self._module_scores
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
@@ -142,7 +150,12 @@ class capture_fisher:
         # ∂(mean loss) is 1/N of the sample's own gradient, so squares want N² back; a loss scale S wants 1/S².
         factor = ((samples if self.reduction == "mean" else 1) / self.loss_scale) ** 2
         found = [self._seen[pair] for pair in self._pairs]
-        self._scores = torch.stack([part.scores for f in found for part in f]).sum(0) * factor
+        parts = torch.stack([part.scores for f in found for part in f]) * factor
+        self._scores = parts.sum(0)
+        self._module_scores = {}
+        for pair, part in zip(self._pairs, parts.view(len(found), 2, -1).sum(1), strict=True):
+            known = self._module_scores.get(pair.name)  # several adapters of one module add up
+            self._module_scores[pair.name] = part if known is None else known + part
         self._diagonal = {}
         for pair, f in zip(self._pairs, found, strict=True):
             self._diagonal[pair.a_name] = f.a.diag.mul_(factor)

@@ -17,8 +17,9 @@ from .batches import Encoded, collate, length_buckets
 from .capture import capture_fisher
 from .config import RunConfig
 from .layers import evaluating
+from .losses import classification_loss
 from .optim import MaskedAdamW, MaskedSGD
-from .scoring import classification_loss, score_samples
+from .scoring import score_samples
 from .seeds import stream, torch_seed, torch_stream
 
 

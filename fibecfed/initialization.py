@@ -14,7 +14,7 @@ from torch import Tensor
 from . import layers, lossless
 from .client import Client, Device
 from .federation import Federation
-from .scoring import classification_loss
+from .losses import classification_loss
 from .seeds import stream, torch_stream
 from .server import weighted_mean
 from .stopwatch import Stopwatch

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class UnsupportedModuleError(ValueError):
@@ -81,6 +82,8 @@ def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
         raise UnsupportedModuleError(f"{what} is a {type(linear).__name__}, wanted nn.Linear")
     if linear.bias is not None:
         raise UnsupportedModuleError(f"{what} has a bias, whose Fisher information is not supported")
+    if isinstance(linear.weight, DTensor):
+        raise UnsupportedModuleError(f"{what} is sharded (a DTensor, as FSDP2 makes them), wanted a whole weight")
     if not linear.weight.requires_grad:
         raise UnsupportedModuleError(f"{what} is frozen, so its Fisher information would be missing")
     return linear

@@ -2,98 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter import layer_of
 from .capture import capture_fisher
 from .lora import lora_pairs
-
-SampleLoss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+from .losses import TASKS, SampleLoss, TaskName
 
 
 class SampleScores(NamedTuple):
     """scores: float32 (n,) in the loader's order. order: int64 (n,), easy (low score) first, ties in the loader's
-    order. diagonal: {LoRA parameter name: Σ_n g_n²}, float32, over the whole data set."""
+    order. diagonal: {LoRA parameter name: Σ_n g_n²}, float32, over the whole data set. module_scores: {LoRA module
+    name: float32 (n,)}, each module's part of the scores, which they add up to."""
 
     scores: Tensor
     order: Tensor
     diagonal: dict[str, Tensor]
+    module_scores: dict[str, Tensor]
 
-
-def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy of each sample, (N,), by the logits (N, classes) and ``batch["labels"]``."""
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    labels = batch["labels"]
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and "
-            "integers (N,); pass sample_loss for another task"
-        )
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def model_labels(model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Labels (N,) drawn from the model's own p(y | x): with them the scores are of the "true" Fisher information
-    [ours]."""
-    with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+    def layer_scores(self) -> dict[int | None, Tensor]:
+        """{transformer block: float32 (n,)}, each block's part of the scores; None: modules outside of all blocks."""
+        layers: dict[int | None, Tensor] = {}
+        for name, part in self.module_scores.items():
+            layer = layer_of(f"{name}.")
+            layers[layer] = layers[layer] + part if layer in layers else part.clone()
+        return layers
 
 
 def score_samples(
     model: nn.Module,
     loader: Iterable[Mapping[str, Tensor]],
     *,
-    sample_loss: SampleLoss = classification_loss,
+    sample_loss: TaskName | SampleLoss = "classification",
     labels: str = "data",
+    draws: int = 1,
     generator: torch.Generator | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> SampleScores:
     """Fisher score f_i = Σ_p (∂ log p(y_i | x_i) / ∂p)² of every sample, p over the LoRA parameters.
 
     The model is scored as it is used: in eval mode (dropout off; the mode is put back). ``.grad`` of its parameters is
-    not touched, and no gradient of the head or the base model is computed.
+    not touched, and no gradient of the head or the base model is computed. Batches of samples of like length waste no
+    time on padding: :func:`fibecfed.batches.length_buckets` makes them.
 
     Args:
         model: a PEFT model with LoRA. loader: batches as dicts of tensors, on the model's device.
-        sample_loss: (model, batch) → the samples' own losses (N,); default: cross-entropy of a classifier.
-        labels: "data" (empirical Fisher, the paper's) or "model" (labels drawn from p(y | x), the true Fisher).
+        sample_loss: "classification", "regression", "causal_lm", "token_classification" (see :mod:`fibecfed.losses`),
+            or a function (model, batch) → the samples' own losses (N,).
+        labels: "data" (empirical Fisher, the paper's) or "model" (drawn from p(y | x): the true Fisher) [ours].
+        draws: with labels="model", how many label sets are drawn and averaged over, ≥ 1: the true Fisher score is the
+            expectation over y, and its error falls with 1/√draws.
         generator: CPU generator for labels="model". on_batch: called with the number of samples after each batch.
 
-    Raises as :class:`capture_fisher`; ValueError for an empty loader or losses of a wrong shape.
+    Raises as :class:`capture_fisher`; ValueError, naming the argument, for an empty loader, losses of a wrong shape, an
+    unknown task, labels="model" with a loss of your own, or draws that do not fit.
     """
-    if labels not in ("data", "model"):
-        raise ValueError(f"labels: {labels!r}, wanted 'data' or 'model'")
+    loss_of, draw = _task(sample_loss, labels, draws)
     weights = [w for pair in lora_pairs(model) for w in (pair.a.weight, pair.b.weight)]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     scores: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {}
     diagonal: dict[str, Tensor] = {}
-    try:
-        for batch in loader:
-            if labels == "model":
-                batch = {**batch, "labels": model_labels(model, batch, generator)}
-            with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
-                losses = sample_loss(model, batch)
-                if losses.dim() != 1:
-                    raise ValueError(f"sample_loss: gave shape {tuple(losses.shape)}, wanted (N,)")
-                # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
-                torch.autograd.grad(losses.sum(), weights, allow_unused=True)
-            if fisher.scores.shape != losses.shape:
-                raise ValueError(f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples")
-            scores.append(fisher.scores)
-            for name, value in fisher.diagonal.items():
+    with _eval_mode(model):
+        for given in loader:
+            found = []
+            for _ in range(draws):
+                batch = given if draw is None else {**given, "labels": draw(model, given, generator)}
+                found.append(_scored(model, batch, loss_of, weights))
+            scores.append(_mean([fisher.scores for fisher in found]))
+            for name in found[0].module_scores:
+                parts.setdefault(name, []).append(_mean([fisher.module_scores[name] for fisher in found]))
+            for name in found[0].diagonal:
+                value = _mean([fisher.diagonal[name] for fisher in found])
                 diagonal[name] = diagonal[name].add_(value) if name in diagonal else value
             if on_batch is not None:
-                on_batch(len(losses))
-    finally:
-        for module in training:
-            module.training = True
+                on_batch(len(scores[-1]))
     if not scores:
         raise ValueError("loader: gave no batch")
     joined = torch.cat(scores)
-    return SampleScores(joined, torch.argsort(joined, stable=True), diagonal)
+    by_module = {name: torch.cat(values) for name, values in parts.items()}
+    return SampleScores(joined, torch.argsort(joined, stable=True), diagonal, by_module)
+
+
+def _task(
+    sample_loss: str | SampleLoss, labels: str, draws: int
+) -> tuple[SampleLoss, Callable[[nn.Module, Mapping[str, Tensor], torch.Generator | None], Tensor] | None]:
+    """The loss, and the way to draw labels if they are the model's."""
+    if labels not in ("data", "model"):
+        raise ValueError(f"labels: {labels!r}, wanted 'data' or 'model'")
+    if draws < 1 or (labels == "data" and draws != 1):
+        raise ValueError(f"draws: {draws}, wanted ≥ 1, and 1 for labels='data', which are not drawn")
+    if isinstance(sample_loss, str):
+        if sample_loss not in TASKS:
+            raise ValueError(f"sample_loss: {sample_loss!r}, wanted one of {', '.join(TASKS)}, or a function")
+        task = TASKS[sample_loss]
+        return task.loss, task.draw if labels == "model" else None
+    if labels == "model":
+        raise ValueError(f"labels: 'model' can be drawn for {', '.join(TASKS)}; sample_loss is a function")
+    return sample_loss, None
+
+
+def _scored(
+    model: nn.Module, batch: Mapping[str, Tensor], loss_of: SampleLoss, weights: list[Tensor]
+) -> capture_fisher:
+    with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
+        losses = loss_of(model, batch)
+        if losses.dim() != 1:
+            raise ValueError(f"sample_loss: gave shape {tuple(losses.shape)}, wanted (N,)")
+        # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
+        torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+    if fisher.scores.shape != losses.shape:
+        raise ValueError(f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples")
+    return fisher
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -12,7 +12,7 @@ from fibecfed import client as room
 from fibecfed.batches import collate
 from fibecfed.client import Client
 from fibecfed.federation import Federation
-from fibecfed.scoring import classification_loss
+from fibecfed.losses import classification_loss
 
 from .federated import SIZES, federation, make_client
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fibecfed import capture_fisher, score_samples
-from fibecfed.scoring import classification_loss, model_labels
+from fibecfed import SampleScores, capture_fisher, score_samples
+from fibecfed.losses import classification_loss, draw_classes
 from tests.fibecfed.test_capture import assert_close, loop_truth
-from tests.fibecfed.tiny import KINDS, batch, tiny
+from tests.fibecfed.tiny import KINDS, LAYERS, batch, tiny
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +99,7 @@ class Fixed(nn.Module):
 
 def test_labels_are_drawn_with_the_models_own_probabilities() -> None:
     logits = torch.tensor([2.0, 0.0, 1.0])
-    drawn = model_labels(Fixed(logits.expand(20_000, 3)), {}, torch.Generator().manual_seed(0))
+    drawn = draw_classes(Fixed(logits.expand(20_000, 3)), {}, torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=3) / len(drawn)
     torch.testing.assert_close(shares, logits.softmax(0), rtol=0, atol=0.015)
 
@@ -128,3 +129,48 @@ def test_bad_input_is_refused_by_name() -> None:
         score_samples(model, [{**batch(), "labels": torch.zeros(5)}])
     with pytest.raises(ValueError, match=r"logits \(5, 3\), labels torch.int64 \(5, 1\): wanted"):
         score_samples(model, [{**batch(), "labels": batch()["labels"][:, None]}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_modules_and_the_layers_parts_add_up_to_the_scores(kind: str) -> None:
+    model, batches = tiny(kind), [batch(seed=s) for s in (3, 4)]
+    found = score_samples(model, batches)
+    truth = [loop_truth(model, b)[0] for b in batches]
+    assert len(found.module_scores) == 2 * LAYERS
+    assert_close(torch.stack(list(found.module_scores.values())).sum(0), torch.cat(truth))
+    layers = found.layer_scores()
+    assert list(layers) == list(range(LAYERS))
+    assert_close(torch.stack(list(layers.values())).sum(0), torch.cat(truth))
+    frozen = {name: p for name, p in model.named_parameters() if ".1." in name and "lora" in name}
+    sample = {k: v[:1] for k, v in batches[0].items()}
+    gradients = torch.autograd.grad(classification_loss(model, sample).sum(), list(frozen.values()))
+    assert float(layers[1][0]) == pytest.approx(float(sum(g.square().sum() for g in gradients)), rel=1e-4)
+
+
+def test_several_draws_are_averaged() -> None:
+    model, whole = tiny("bert"), batch(samples=8)
+
+    def drawn(draws: int, generator: torch.Generator) -> SampleScores:
+        return score_samples(model, [whole], labels="model", draws=draws, generator=generator)
+
+    together, stream = drawn(3, torch.Generator().manual_seed(5)), torch.Generator().manual_seed(5)
+    singles = [drawn(1, stream) for _ in range(3)]
+    assert_close(together.scores, torch.stack([s.scores for s in singles]).double().mean(0), 1e-6)
+    for name, value in together.diagonal.items():
+        assert_close(value, torch.stack([s.diagonal[name] for s in singles]).double().mean(0), 1e-6)
+    for name, value in together.module_scores.items():
+        assert_close(value, torch.stack([s.module_scores[name] for s in singles]).double().mean(0), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"sample_loss": "seq2seq"}, "sample_loss: 'seq2seq', wanted one of classification, regression"),
+        ({"draws": 2}, "draws: 2, wanted"),
+        ({"draws": 0, "labels": "model"}, "draws: 0, wanted ≥ 1"),
+        ({"labels": "model", "sample_loss": classification_loss}, "labels: 'model' can be drawn for classification"),
+    ],
+)
+def test_tasks_and_draws_that_do_not_fit_are_refused_by_name(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        score_samples(tiny(), [batch()], **bad)
