@@ -18,8 +18,7 @@ using fibecfed::ScalarType;
 using fibecfed::Tensor;
 
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kStrip = 192;  // columns of a task: a multiple of every register tile's width
-constexpr int64_t kChunk = 64;   // tokens between two additions to P: keeps the operands in the cache, the error small
+constexpr int64_t kMostChunk = 64;
 constexpr int64_t kTileWidth = 48;  // of the widest register tile
 constexpr int64_t kGroupSamples = 8;
 constexpr int64_t kMostGroups = 32;
@@ -34,7 +33,10 @@ struct Operand {
 
 struct Task {
   Operand thin, wide;
-  int64_t row, rows, column, columns, first_sample, last_sample;
+  int64_t row, rows, column, columns;
+  int64_t strip;  // columns of a whole task, the row stride of P
+  int64_t chunk;  // tokens between two additions to P
+  int64_t first_sample, last_sample;
   int64_t matrix, group, score_part;
 };
 
@@ -92,6 +94,19 @@ std::vector<int64_t> sample_bounds(const Tensor& x, const std::optional<Tensor>&
   return bounds;
 }
 
+struct Shape {
+  int64_t strip, chunk;
+};
+
+// A thin operand of few rows is bound by memory: few tokens at a time and wide strips, so that the wide operand is read
+// as a few long streams, which the processor foresees; P is then as large as the cache allows. With many rows the
+// registers' tiles are used again and again, and both operands should stay in the cache. Found by measuring.
+Shape shape_of(int64_t rows, Dtype dtype) {
+  if (rows <= 8) return {512, dtype == Dtype::float32 ? 8 : 16};
+  if (rows <= 16) return {1024, 16};
+  return {192, kMostChunk};
+}
+
 std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
   std::vector<Task> tasks;
   int64_t score_parts = 0;
@@ -102,15 +117,16 @@ std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
     const int64_t group =
         thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
     of.first_score_part = score_parts;
-    of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + kStrip - 1) / kStrip);
+    const auto [strip, chunk] = shape_of(thin, of.wide.dtype);
+    of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + strip - 1) / strip);
     of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
     for (int64_t g = 0; g < of.groups; ++g) {
       int64_t part = score_parts;
       for (int64_t row = 0; row < thin; row += kTaskRows) {
-        for (int64_t column = 0; column < wide; column += kStrip) {
+        for (int64_t column = 0; column < wide; column += strip) {
           tasks.push_back(
-              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(kStrip, wide - column),
-               g * group, std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
+              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(strip, wide - column), strip,
+               chunk, g * group, std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
         }
       }
     }
@@ -124,7 +140,7 @@ void write_result(const Task& task, const Matrix& matrix, const float* strip, fl
   const int64_t column_stride = matrix.transposed ? matrix.thin.features : 1;
   float* out = result + task.row * row_stride + task.column * column_stride;
   for (int64_t i = 0; i < task.rows; ++i) {
-    for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j * column_stride] = strip[i * kStrip + j];
+    for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j * column_stride] = strip[i * task.strip + j];
   }
 }
 
@@ -137,13 +153,14 @@ Fisher fisher(
     std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
-  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0;
+  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0, product_numel = 0;
   for (const Matrix& of : matrices) {
     const int64_t thin = of.thin.features, wide = of.wide.features;
     numel += thin * wide;
     bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
     groups = std::max(groups, of.groups);
     rows = std::max(rows, std::min(thin, kTaskRows));
+    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin, of.wide.dtype).strip);
     score_parts += of.score_parts;
   }
   const auto empty = [&](const std::vector<int64_t>& sizes) {
@@ -161,12 +178,12 @@ Fisher fisher(
 
   const auto run = FIBECFED_BEST(run_task);
   fibecfed::parallel_tasks(static_cast<int64_t>(tasks.size()), bytes, [&](const auto& next) {
-    const int64_t strip = rows * kStrip;
-    const std::unique_ptr<float[]> buffer(new float[kChunk * (rows + kTileWidth) + (weight_grad ? 3 : 2) * strip]);
-    float* const product = buffer.get() + kChunk * (rows + kTileWidth);
+    const std::unique_ptr<float[]> buffer(
+        new float[kMostChunk * (rows + kTileWidth) + (weight_grad ? 3 : 2) * product_numel]);
+    float* const product = buffer.get() + kMostChunk * (rows + kTileWidth);
     const Scratch scratch{
-        buffer.get(), buffer.get() + kChunk * rows, product, product + strip,
-        weight_grad ? product + 2 * strip : nullptr};
+        buffer.get(), buffer.get() + kMostChunk * rows, product, product + product_numel,
+        weight_grad ? product + 2 * product_numel : nullptr};
     for (int64_t i = next(); i >= 0; i = next()) {
       const Task& task = tasks[i];
       const Matrix& of = matrices[task.matrix];

@@ -45,14 +45,14 @@ static const void* address(const Operand& of, int64_t token, int64_t column) {
   return static_cast<const char*>(of.data) + (token * of.features + column) * size;
 }
 
-// product (rows, kStrip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
+// product (rows, strip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
 // columns.
 static void sample_product(const Task& task, int64_t begin, int64_t end, const Scratch& scratch) {
   constexpr int64_t tile_width = kVectors * kLanes;
   const bool thin_in_place = task.thin.dtype == Dtype::float32;
   const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
-  for (int64_t token = begin; token < end; token += kChunk) {
-    const int64_t tokens = end - token < kChunk ? end - token : kChunk;
+  for (int64_t token = begin; token < end; token += task.chunk) {
+    const int64_t tokens = end - token < task.chunk ? end - token : task.chunk;
     if (!thin_in_place) load(task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
     for (int64_t column = 0; column < task.columns; column += tile_width) {
@@ -67,18 +67,19 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
         tile_of(in_place ? task.wide.dtype : Dtype::float32, rows, vectors)(
             tokens, thin + row, thin_stride, wide, in_place ? task.wide.features : width,
-            scratch.product + row * kStrip + column, token == begin);
+            scratch.product + row * task.strip + column, task.strip, token == begin);
       }
     }
   }
 }
 
 // diag += product squared, weight_grad += product; returns the sum of the squares, added in an order of its own.
-static double add_squares(int64_t rows, int64_t columns, const float* product, float* diag, float* weight_grad) {
+static double add_squares(const Task& task, const float* product, float* diag, float* weight_grad) {
+  const int64_t columns = task.columns;
   double total = 0.0;
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* p = product + i * kStrip;
-    float* d = diag + i * kStrip;
+  for (int64_t i = 0; i < task.rows; ++i) {
+    const float* p = product + i * task.strip;
+    float* d = diag + i * task.strip;
     float lanes[16] = {};
     int64_t j = 0;
     for (; j + 16 <= columns; j += 16) {
@@ -95,7 +96,7 @@ static double add_squares(int64_t rows, int64_t columns, const float* product, f
     }
     for (int l = 0; l < 16; ++l) total += lanes[l];
     if (weight_grad != nullptr) {
-      for (j = 0; j < columns; ++j) weight_grad[i * kStrip + j] += p[j];
+      for (j = 0; j < columns; ++j) weight_grad[i * task.strip + j] += p[j];
     }
   }
   return total;
@@ -104,15 +105,15 @@ static double add_squares(int64_t rows, int64_t columns, const float* product, f
 // Every sample of the task: its score's share into scores[n], diag and weight_grad into the scratch.
 static void run_task(
     const Task& task, const int64_t* bounds, double* scores, int64_t scores_stride, const Scratch& scratch) {
-  for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.diag[i] = 0.0f;
+  for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.diag[i] = 0.0f;
   if (scratch.weight_grad != nullptr) {
-    for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.weight_grad[i] = 0.0f;
+    for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.weight_grad[i] = 0.0f;
   }
   for (int64_t n = task.first_sample; n < task.last_sample; ++n) {
     double score = 0.0;
     if (bounds[n] < bounds[n + 1]) {
       sample_product(task, bounds[n], bounds[n + 1], scratch);
-      score = add_squares(task.rows, task.columns, scratch.product, scratch.diag, scratch.weight_grad);
+      score = add_squares(task, scratch.product, scratch.diag, scratch.weight_grad);
     }
     scores[n * scores_stride] = score;
   }

@@ -52,12 +52,12 @@ static inline __attribute__((always_inline)) Vector read(const Float16* from) {
 #endif
 #endif
 
-// product (kRows x kVectors registers, row stride kStrip) = or += thin[t, row] * wide[t, column] summed over the
+// product (kRows x kVectors registers, row stride product_stride) = or += thin[t, row] * wide[t, column] summed over the
 // tokens.
 template <class Element, int rows, int vectors>
 static void register_tile(
     int64_t tokens, const float* thin, int64_t thin_stride, const void* first_wide, int64_t wide_stride, float* product,
-    bool first) {
+    int64_t product_stride, bool first) {
   const Element* wide = static_cast<const Element*>(first_wide);
   Vector sum[rows][vectors] = {};
   for (int64_t t = 0; t < tokens; ++t) {
@@ -79,13 +79,13 @@ static void register_tile(
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * kStrip + v * kLanes);
+      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * product_stride + v * kLanes);
       *out = first ? sum[i][v] : *out + sum[i][v];
     }
   }
 }
 
-typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, bool);
+typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, int64_t, bool);
 
 template <class Element, int vectors>
 static inline RegisterTile tile_of_rows(int rows) {
