@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fibecfed.phases import RoundRecord
@@ -18,12 +18,16 @@ from .tables import table
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
-BENCHMARKS = {
-    "fisher": "fisher",
-    "update": "update",
-    "pack": "wire: pack",
-    "load": "wire: load",
-}  # by name of the place
+SEEDS = ROOT / "benchmarks" / "results" / "seeds"
+BENCHMARKS = {  # name of the place: benchmark, mode
+    "fisher": ("fisher", "cold"),
+    "scoring": ("scoring", "cold"),
+    "step": ("training step", "warm"),
+    "update": ("update", "cold"),
+    "pack": ("wire: pack", "cold"),
+    "load": ("wire: load", "cold"),
+    "aggregate": ("wire: aggregate", "cold"),
+}
 MARKED = re.compile(
     r"<!-- (?P<name>[a-z]+): python -m benchmarks\.readme -->\n(?P<old>.*?)<!-- /(?P=name) -->", re.DOTALL
 )
@@ -47,6 +51,21 @@ def demo_table(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
+def seeds_table(records: Sequence[RunRecord]) -> str:
+    """The last round of several runs that differ by their seed, beside always naming the majority class."""
+    lines = [
+        "| seed | global accuracy | majority class | personal accuracy | devices' own majority |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        end = record.end
+        if end is None:
+            raise ValueError(f"{record.path}: not a whole run")
+        shares = (end.global_accuracy, end.majority, end.personal_accuracy, end.personal_majority)
+        lines.append(f"| {' | '.join([str(record.config.seed), *map(_percent, shares)])} |")
+    return "\n".join(lines)
+
+
 def _row(entry: RoundRecord, moved: int) -> str:
     cells = [
         str(entry.round),
@@ -67,12 +86,13 @@ def _percent(share: float | None) -> str:
 
 def tables() -> dict[str, str]:
     """Every table by the name of its place, from what is recorded."""
-    found = {"demo": demo_table(read_record(DEMO))}
-    if RESULTS.exists():
-        rows = read(RESULTS)
-        known = {row.benchmark for row in rows}
-        found |= {name: table(rows, benchmark) for name, benchmark in BENCHMARKS.items() if benchmark in known}
-    return found
+    seeds = [read_record(folder) for folder in sorted(SEEDS.iterdir())]
+    rows = read(RESULTS)
+    return {
+        "demo": demo_table(read_record(DEMO)),
+        "seeds": seeds_table(seeds),
+        **{name: table(rows, benchmark, mode) for name, (benchmark, mode) in BENCHMARKS.items()},
+    }
 
 
 def in_step(readme: str, found: Mapping[str, str]) -> str:

@@ -1,6 +1,9 @@
 // Included by for_each_isa.h once for each instruction set. Products and squares of one task of fisher.cpp.
 
 #include "fisher_tile.h"
+#if FIBECFED_BF16
+#include "fisher_pairs.h"
+#endif
 
 static inline float half_to_float(uint16_t half) {
   // Exponent and mantissa moved into place and scaled by 2^112: right for subnormals too. Infinity and NaN keep theirs.
@@ -31,13 +34,24 @@ static void load_row(const Operand& from, int64_t element, int64_t count, float*
   }
 }
 
-// tokens x count values from column on, as float32, in scratch: row stride `width`, the rest of a row zero.
+// tokens x count values from column on, in scratch: as float32 or as pairs of bfloat16 of two tokens; row stride
+// `width`, the rest of a row zero.
 static void load(
-    const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width, float* scratch) {
+    bool as_pairs, const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width, float* scratch) {
+#if FIBECFED_BF16
+  if (as_pairs) return load_pairs(from, token, tokens, column, count, width, scratch);
+#endif
   for (int64_t t = 0; t < tokens; ++t) {
     load_row(from, (token + t) * from.features + column, count, scratch + t * width);
     for (int64_t j = count; j < width; ++j) scratch[t * width + j] = 0.0f;
   }
+}
+
+static inline RegisterTile tile_of(bool as_pairs, bool in_place, Dtype dtype, int rows, int64_t vectors) {
+#if FIBECFED_BF16
+  if (as_pairs) return in_place ? pair_tile_of<false>(rows, vectors) : pair_tile_of<true>(rows, vectors);
+#endif
+  return tile_of(in_place ? dtype : Dtype::float32, rows, vectors);
 }
 
 static const void* address(const Operand& of, int64_t token, int64_t column) {
@@ -51,9 +65,10 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
   constexpr int64_t tile_width = kVectors * kLanes;
   const bool thin_in_place = task.thin.dtype == Dtype::float32;
   const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
+  const bool as_pairs = FIBECFED_BF16 && task.wide.dtype == Dtype::bfloat16;
   for (int64_t token = begin; token < end; token += task.chunk) {
     const int64_t tokens = end - token < task.chunk ? end - token : task.chunk;
-    if (!thin_in_place) load(task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
+    if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
     for (int64_t column = 0; column < task.columns; column += tile_width) {
       const int64_t left = task.columns - column;
@@ -61,11 +76,11 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
       const int64_t vectors = (count + kLanes - 1) / kLanes, width = vectors * kLanes;
       // What several register tiles read is converted once, and lies closer together than in the operand.
       const bool in_place = count == width && task.rows <= kRows && (FIBECFED_FMA || task.wide.dtype == Dtype::float32);
-      if (!in_place) load(task.wide, token, tokens, task.column + column, count, width, scratch.wide);
+      if (!in_place) load(as_pairs, task.wide, token, tokens, task.column + column, count, width, scratch.wide);
       const void* wide = in_place ? address(task.wide, token, task.column + column) : scratch.wide;
       for (int64_t row = 0; row < task.rows; row += kRows) {
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
-        tile_of(in_place ? task.wide.dtype : Dtype::float32, rows, vectors)(
+        tile_of(as_pairs, in_place, task.wide.dtype, rows, vectors)(
             tokens, thin + row, thin_stride, wide, in_place ? task.wide.features : width,
             scratch.product + row * task.strip + column, task.strip, token == begin);
       }

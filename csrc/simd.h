@@ -15,7 +15,7 @@
 
 namespace fibecfed {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512bf16 };
 
 inline Isa isa() {
 #if FIBECFED_X86_VERSIONS
@@ -24,7 +24,8 @@ inline Isa isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+    if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+    return avx2 ? Isa::avx2 : Isa::baseline;
   }();
   return found;
 #else
@@ -36,10 +37,11 @@ inline Isa isa() {
 
 // The version of FUNCTION that this processor runs; FUNCTION is defined in a file included by for_each_isa.h.
 #if FIBECFED_X86_VERSIONS
-#define FIBECFED_BEST(FUNCTION)                                    \
-  (::fibecfed::isa() == ::fibecfed::Isa::avx512 ? avx512::FUNCTION \
-   : ::fibecfed::isa() == ::fibecfed::Isa::avx2 ? avx2::FUNCTION   \
-                                                : baseline::FUNCTION)
+#define FIBECFED_BEST(FUNCTION)                                            \
+  (::fibecfed::isa() == ::fibecfed::Isa::avx512bf16 ? avx512bf16::FUNCTION \
+   : ::fibecfed::isa() == ::fibecfed::Isa::avx512   ? avx512::FUNCTION     \
+   : ::fibecfed::isa() == ::fibecfed::Isa::avx2     ? avx2::FUNCTION       \
+                                                    : baseline::FUNCTION)
 #else
 #define FIBECFED_BEST(FUNCTION) (baseline::FUNCTION)
 #endif

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.readme import DEMO, ROOT, in_step, tables
+from benchmarks.readme import DEMO, ROOT, SEEDS, in_step, tables
 from fibecfed import FlatAdapter
 from fibecfed.record import read_record
 from tests.fibecfed.tiny import batch, tiny
@@ -26,8 +27,9 @@ def test_a_table_without_a_place_or_a_place_without_a_table_is_refused() -> None
         in_step(README, {})
 
 
-def test_the_recorded_run_reached_its_marks() -> None:
-    end = read_record(DEMO).end
+@pytest.mark.parametrize("folder", [DEMO, *sorted(SEEDS.iterdir())], ids=lambda folder: folder.name)
+def test_the_recorded_runs_reached_their_marks(folder: Path) -> None:
+    end = read_record(folder).end
     assert end is not None
     assert end.global_accuracy >= end.majority + 0.12  # type: ignore[operator]
     assert end.personal_accuracy >= end.personal_majority + 0.05  # type: ignore[operator]

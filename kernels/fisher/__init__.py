@@ -47,8 +47,9 @@ def fisher_diag(
         cu_seqlens: int32 (N+1,), 0 = c_0 ≤ … ≤ c_N = total: sample n owns the tokens c_n … c_{n+1}−1.
         weight_grad: also return Σ_n G_n, the ordinary gradient, from the same pass.
 
-    Products are accumulated in float32. The same input gives the same bits, and a sample's score does not depend on its
-    neighbours in the batch. Differentiation through this op is not supported: its inputs are read as constants.
+    Products are accumulated in float32; a subnormal bfloat16 value (below 1.2e-38) may count as zero. The same input
+    gives the same bits, and a sample's score does not depend on its neighbours in the batch. Differentiation through
+    this op is not supported: its inputs are read as constants.
 
     Raises:
         TypeError: a tensor of another dtype. ValueError: shapes or offsets that do not fit.
