@@ -1,6 +1,9 @@
 // Which instruction set this processor has. for_each_isa.h compiles a kernel file once for each of them.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 // GCC lowers vector types before target_clones clones a function, so clones of a register tile would all be scalar
 // code: a kernel file is included once a target instead. Other compilers and processors get the baseline version alone.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -17,7 +20,7 @@ namespace fibecfed {
 
 enum class Isa { baseline, avx2, avx512, avx512bf16 };
 
-inline Isa isa() {
+inline Isa found_isa() {
 #if FIBECFED_X86_VERSIONS
   static const Isa found = [] {
     __builtin_cpu_init();
@@ -32,6 +35,14 @@ inline Isa isa() {
   return Isa::baseline;
 #endif
 }
+
+// The richest set that may be used, so that a test can run what poorer processors run.
+inline std::atomic<Isa>& isa_limit() {
+  static std::atomic<Isa> limit{Isa::avx512bf16};
+  return limit;
+}
+
+inline Isa isa() { return std::min(found_isa(), isa_limit().load(std::memory_order_relaxed)); }
 
 }  // namespace fibecfed
 

@@ -89,7 +89,7 @@ def _machine() -> Table:
     table.add_row("system", f"{platform.system()} {platform.machine()}")
     table.add_row("CPU capability", torch.backends.cpu.get_cpu_capability())
     table.add_row("threads", f"{torch.get_num_threads()} within ops, {torch.get_num_interop_threads()} between")
-    table.add_row("C++ extension", "loaded" if HAS_CPP else "not built: the reference serves the CPU")
+    table.add_row("C++ extension", _extension())
     table.add_row("triton", "installed" if HAS_TRITON else "not installed: the reference serves CUDA")
     if not torch.cuda.is_available():
         table.add_row("CUDA", f"no device (torch is built {_cuda_build()})")
@@ -98,6 +98,14 @@ def _machine() -> Table:
         capability = f"compute capability {found.major}.{found.minor}"
         table.add_row(f"CUDA device {index}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
     return table
+
+
+def _extension() -> str:
+    if not HAS_CPP:
+        return "not built: the reference serves the CPU"
+    from fibecfed_kernels import _C
+
+    return f"loaded, uses {_C.instruction_set()}"
 
 
 def _cuda_build() -> str:

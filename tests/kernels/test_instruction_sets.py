@@ -1,0 +1,94 @@
+"""The C++ bodies as poorer processors run them: every instruction set up to this machine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fibecfed_kernels import (
+    _C,
+    Entry,
+    fisher_diag,
+    lora_fisher_diag,
+    masked_adamw_,
+    masked_sgd_,
+    row_layout,
+    use_backend,
+)
+
+from .oracle import DTYPES, assert_near, fisher_inputs, fisher_truth
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
+HERE = NAMES[: NAMES.index(_C.instruction_set()) + 1]
+SHAPES = [(7, 63, 384, 8), (3, 1, 31, 4), (2, 257, 1000, 1), (19, 65, 70, 12), (2, 33, 200, 64), (1, 9, 1, 16)]
+
+
+@pytest.fixture(params=HERE)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert _C.limit_instruction_set(request.param) == request.param
+    yield request.param
+    _C.limit_instruction_set(NAMES[-1])
+
+
+def test_the_limit_is_taken_back_and_an_unknown_one_refused() -> None:
+    assert _C.limit_instruction_set("baseline") == _C.instruction_set() == "baseline"
+    assert _C.limit_instruction_set(NAMES[-1]) == HERE[-1]
+    for unknown in ("mmx", None, "avx2\0"):
+        with pytest.raises(ValueError, match=r"name: unknown, wanted one of baseline"):
+            _C.limit_instruction_set(unknown)
+    assert _C.instruction_set() == HERE[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("samples", "tokens", "d_in", "d_out"), SHAPES)
+def test_fisher(instruction_set: str, samples: int, tokens: int, d_in: int, d_out: int, dtype: torch.dtype) -> None:
+    for x, grad_y in (
+        fisher_inputs(samples, tokens, d_in, d_out, dtype),
+        fisher_inputs(samples, tokens, d_out, d_in, dtype),
+    ):
+        result = fisher_diag(x, grad_y, weight_grad=True)
+        for found, truth in zip(result, fisher_truth(x, grad_y), strict=True):
+            assert found is not None
+            assert_near(found, truth, "fisher")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_score_has_the_same_bits_alone_and_in_a_packed_batch(instruction_set: str, dtype: torch.dtype) -> None:
+    lengths = [5, 0, 63, 1, 17]
+    offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    (x, grad_y), (h, grad_h) = (fisher_inputs(1, sum(lengths), *d, dtype) for d in ((384, 384), (8, 8)))
+    tensors = [t[0] for t in (x, h, grad_h, grad_y)]
+    together = lora_fisher_diag(*tensors, offsets)
+    for n, (start, length) in enumerate(zip(offsets.tolist(), lengths, strict=False)):
+        alone = lora_fisher_diag(*(t[None, start : start + length] for t in tensors))
+        assert torch.equal(alone.a.scores[0], together.a.scores[n])
+        assert torch.equal(alone.b.scores[0], together.b.scores[n])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "nesterov"])
+def test_updates(instruction_set: str, kind: str) -> None:
+    entries = [Entry("a", (8, 101), 0, 0), Entry("b", (101, 8), 808, 0), Entry("head", (3,), 1616, None)]
+    layout, rows, numel = row_layout(entries), 112, 1619
+    generator = torch.Generator().manual_seed(0)
+    data, grad = (torch.randn(numel, generator=generator) for _ in range(2))
+    mask = torch.rand(rows, generator=generator) < 0.6
+
+    def after(body: str) -> torch.Tensor:
+        values, first, second = data.clone(), torch.zeros(numel), torch.zeros(numel)
+        steps = torch.zeros(rows, dtype=torch.int32)
+        with use_backend(body):  # type: ignore[arg-type]
+            for _ in range(3):
+                if kind == "adamw":
+                    masked_adamw_(values, grad, first, second, steps, mask, layout, lr=1e-2, weight_decay=0.1)
+                else:
+                    hyper = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "nesterov": kind == "nesterov"}
+                    masked_sgd_(values, grad, first, steps, mask, layout, **hyper)  # type: ignore[arg-type]
+        return values
+
+    found, wanted = after("cpp"), after("reference")
+    assert_near(found, wanted.double(), "update")
+    still = ~mask.repeat_interleave(layout[:, 3].repeat_interleave(layout[:, 2]))
+    assert torch.equal(found[still], data[still])
