@@ -17,7 +17,7 @@ BACKENDS: tuple[Backend, ...] = ("reference", "cpp", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 try:
-    from . import _C  # type: ignore[attr-defined]  # noqa: F401  registers the CPU bodies with torch.library
+    from . import _C  # noqa: F401  registers the CPU bodies with torch.library
 
     HAS_CPP = True
 except ImportError:
