@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from .results import RESULTS, Row, latest, read
 from .tables import OURS
@@ -28,8 +29,8 @@ def roofline(rows: Sequence[Row]) -> Figure:
         low = min(min(row.flop / row.bytes for row in of), knee) / 2
         high = 2 * max(max(row.flop / row.bytes for row in of), knee)
         axes.plot([low, knee, high], [low * bandwidth, rate, rate], color=GREY, lw=2)
-        axes.text(low * 1.1, low * bandwidth * 1.4, f"{bandwidth:.0f} GB/s", color=GREY)
-        axes.text(high / 1.1, rate * 1.1, f"{rate:.0f} GFLOP/s", color=GREY, ha="right")
+        axes.text(low * 1.1, low * bandwidth * 0.75, f"{bandwidth:.0f} GB/s", color=GREY)
+        axes.text(high / 1.1, rate * 0.8, f"{rate:.0f} GFLOP/s", color=GREY, ha="right")
         for provider, color, marker in (
             ("bmm + square", COLORS[0], "x"),
             ("Opacus", COLORS[1], "+"),
@@ -40,6 +41,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
             if points:
                 axes.plot(*zip(*points, strict=True), marker, color=color, label=provider)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title=dtype)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="lower right")
     figure.suptitle(f"{rows[0].benchmark}, {rows[0].mode} cache: {rows[0].device}, {rows[0].threads} threads")

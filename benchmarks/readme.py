@@ -21,6 +21,7 @@ DEMO = ROOT / "benchmarks" / "results" / "demo"
 SEEDS = ROOT / "benchmarks" / "results" / "seeds"
 BENCHMARKS = {  # name of the place: benchmark, mode
     "fisher": ("fisher", "cold"),
+    "packed": ("fisher: packed", "cold"),
     "scoring": ("scoring", "cold"),
     "step": ("training step", "warm"),
     "update": ("update", "cold"),

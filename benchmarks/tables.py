@@ -43,9 +43,13 @@ def _of_device(rows: Sequence[Row]) -> str:
         found = {row.provider: row for row in rows if (row.shape, row.dtype) == (shape, dtype)}
         own = found[ours]
         share = "–" if own.floor_percent is None else f"{own.floor_percent:.0f} ({own.limit})"
-        cells = [shape, dtype, "wrong" if own.ms50 is None else f"{own.ms50:.3g}", share]
+        cells = [shape, dtype, "wrong" if own.ms50 is None else _number(own.ms50), share]
         lines.append(f"| {' | '.join([*cells, *(_ratio(found.get(name), own) for name in others)])} |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(other: Row | None, own: Row) -> str:

@@ -7,8 +7,11 @@ from functools import partial
 import pytest
 import torch
 
+from fibecfed_kernels import lora_fisher_diag
+
+from . import fisher_peers
 from .comparison import Comparison, Provider, Work, relative_error
-from .fisher_peers import Found, make_pair, providers, truth
+from .fisher_peers import Found, Pair, make_pair, providers, truth
 
 WIDTHS = {"MiniLM": 384, "RoBERTa-large": 1024, "LLaMA-7B": 4096}
 RANKS, TOKENS, SAMPLES = (4, 8, 16, 64), (32, 128, 512, 2048), (1, 8, 32)
@@ -27,6 +30,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # a peer may keep grad
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" not in metafunc.fixturenames:
+        return
     option = metafunc.config.getoption
     shapes = ALL if option("--shapes") == "all" else FEW
     if option("--on") == "cpu":
@@ -53,3 +58,42 @@ def test_lora_fisher_diag(
         work, {name: Provider(partial(call, pair), error) for name, call in providers().items()}, TOLERANCES[dtype]
     )
     assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"
+
+
+@pytest.mark.parametrize("model", ["RoBERTa-large", "LLaMA-7B"])
+def test_packed(compare: Comparison, device: torch.device, model: str) -> None:
+    """A batch with lengths like GLUE's, whose padding is not stored: the time should be that of the real tokens."""
+    d, r, samples, longest = WIDTHS[model], 8, 32, 128
+    lengths = torch.exp(3.0 + 0.6 * torch.randn(samples)).round().clamp(4, longest).int()
+    lengths[0] = longest
+    padded = make_pair(samples, longest, d, r, torch.float32, device)
+    real = (torch.arange(longest) < lengths[:, None]).to(device)
+    for tensor in (padded.x, padded.grad_y):
+        tensor[~real] = 0
+    padded = Pair(padded.x, padded.x @ padded.a.T, padded.grad_y @ padded.b, padded.grad_y, padded.a, padded.b)
+    packed = [t[real].contiguous() for t in (padded.x, padded.h, padded.grad_h, padded.grad_y)]
+    offsets = torch.tensor([0, *lengths.tolist()]).cumsum(0, dtype=torch.int32).to(device)
+    wanted, tokens = truth(padded), int(lengths.sum())
+
+    def ours() -> Found:
+        found = lora_fisher_diag(*packed, offsets)
+        return found.a.scores + found.b.scores, found.a.diag, found.b.diag
+
+    def error(found: Found) -> float:
+        return relative_error(found, wanted)
+
+    moved = 4 * (2 * tokens * (d + r) + 2 * d * r + 2 * samples)
+    share = tokens / (samples * longest)
+    work = Work(
+        "fisher: packed",
+        f"{model} N={samples} r={r}, {share:.0%} real tokens",
+        torch.float32,
+        moved,
+        4 * tokens * r * d,
+    )
+    providers = {
+        "fibecfed": Provider(ours, error),
+        f"fibecfed, padded to T={longest}": Provider(partial(fisher_peers.ours, padded), error),
+        f"bmm + square, padded to T={longest}": Provider(partial(fisher_peers.bmm, padded), error),
+    }
+    compare(work, providers, TOLERANCES[torch.float32])
