@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from fibecfed.config import ConfigError, RunConfig, describe_config, dump_config, load_config
 from fibecfed.sections import Section
@@ -234,13 +233,6 @@ def test_each_of_two_settings_that_exclude_one_another_is_fine_alone() -> None:
         assert load_config(None, [override]) != RunConfig()
 
 
-def test_a_count_of_layers_stands_in_place_of_the_default_fraction(tmp_path: Path) -> None:
-    config = load_config(None, ["gal.count=2"])
-    assert (config.gal.count, config.gal.fraction) == (2, None)
-    (tmp_path / "job.toml").write_text(dump_config(config))
-    assert load_config(tmp_path / "job.toml") == config
-
-
 def test_a_norm_may_be_written_as_a_number_in_the_file(tmp_path: Path) -> None:
     for text, norm in (("2", "2"), ("2.0", "2"), ("inf", "inf"), ('"inf"', "inf")):
         (tmp_path / "job.toml").write_text(f"[gal]\nnorm = {text}\n")
@@ -283,23 +275,3 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, content
 
 def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
     assert error_of(path=tmp_path).startswith(f"{tmp_path}: cannot be read")
-
-
-def test_a_configuration_is_frozen() -> None:
-    for section, key in ((RunConfig(), "seed"), (RunConfig().train, "rounds")):
-        with pytest.raises(ValidationError, match="frozen"):
-            setattr(section, key, 3)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name"),
-    [
-        ((), "demo"),
-        (("name=trial-1.b",), "trial-1.b"),
-        (("data.source=/data/my reviews.csv",), "my-reviews-demo"),
-        (("data.source=hub:glue/sst2", "model.source=models/smollm2.gguf"), "sst2-smollm2"),
-        (("data.source=...", "model.source=/"), "run"),
-    ],
-)
-def test_a_run_is_named_after_data_and_model(overrides: tuple[str, ...], name: str) -> None:
-    assert load_config(None, overrides).run_name == name

@@ -1,8 +1,11 @@
-"""Defaults that give way: a count of layers, the demo's size, the learning rate's decay."""
+"""Defaults that give way (a count of layers, the demo's size, the learning rate's decay), names, frozen settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
 
 from fibecfed.config import RunConfig, dump_config, load_config
 
@@ -23,3 +26,23 @@ def test_only_the_demo_is_cut_to_size_and_only_unless_said_otherwise(tmp_path: P
     assert (whole.data.max_train, whole.data.max_test) == (None, None)
     (tmp_path / "job.toml").write_text(dump_config(whole))
     assert load_config(tmp_path / "job.toml") == whole
+
+
+def test_a_configuration_is_frozen() -> None:
+    for section, key in ((RunConfig(), "seed"), (RunConfig().train, "rounds")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ((), "demo"),
+        (("name=trial-1.b",), "trial-1.b"),
+        (("data.source=/data/my reviews.csv",), "my-reviews-demo"),
+        (("data.source=hub:glue/sst2", "model.source=models/smollm2.gguf"), "sst2-smollm2"),
+        (("data.source=...", "model.source=/"), "run"),
+    ],
+)
+def test_a_run_is_named_after_data_and_model(overrides: tuple[str, ...], name: str) -> None:
+    assert load_config(None, overrides).run_name == name
