@@ -1,4 +1,4 @@
-// CPU bodies of fisher_diag and lora_fisher_diag.
+// CPU bodies of fisher_diag, lora_fisher_diag and weighted_grad.
 //
 // A matrix's gradient of a sample is P = thinᵀ wide, summed over the sample's tokens: thin is the operand with fewer
 // features (the rank, in a LoRA pair), wide the other. A task is (matrix, rows of thin, strip of wide, group of
@@ -150,7 +150,7 @@ struct Fisher {
 
 Fisher fisher(
     const Tensor& like, std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
-    std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
+    const float* weights, std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
   int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0, product_numel = 0;
@@ -187,7 +187,7 @@ Fisher fisher(
     for (int64_t i = next(); i >= 0; i = next()) {
       const Task& task = tasks[i];
       const Matrix& of = matrices[task.matrix];
-      run(task, bounds.data(), parts.get() + task.score_part, score_parts, scratch);
+      run(task, bounds.data(), weights, parts.get() + task.score_part, score_parts, scratch);
       write_result(task, of, scratch.diag, group_diag(task.group) + of.offset);
       if (weight_grad) write_result(task, of, scratch.weight_grad, group_grad(task.group) + of.offset);
     }
@@ -225,8 +225,25 @@ std::tuple<Tensor, Tensor, Tensor> fisher_diag(
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
   Fisher result =
-      fisher(x, matrices, bounds, weight_grad, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
+      fisher(
+      x, matrices, bounds, weight_grad, nullptr, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
   return {result.scores, result.diag, result.weight_grad};
+}
+
+Tensor weighted_grad(Tensor x, Tensor grad_y, Tensor weights, std::optional<Tensor> cu_seqlens) {
+  const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
+  const int64_t samples = static_cast<int64_t>(bounds.size()) - 1;
+  check_tokens("grad_y", grad_y, x);
+  STD_TORCH_CHECK(
+      weights.dim() == 1 && weights.numel() == samples && weights.scalar_type() == ScalarType::Float,
+      "weights: wanted float32 (", samples, ",)");
+  x = torch::stable::contiguous(x);
+  grad_y = torch::stable::contiguous(grad_y);
+  weights = torch::stable::contiguous(weights);
+  const Operand in = operand(x), out = operand(grad_y);
+  std::vector<Matrix> matrices{matrix(in, out, 0)};
+  return fisher(x, matrices, bounds, true, weights.const_data_ptr<float>(), {samples}, {out.features, in.features})
+      .weight_grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
@@ -253,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
     offset += low.features * out.features;
   }
   Fisher result = fisher(
-      x, matrices, bounds, weight_grad,
+      x, matrices, bounds, weight_grad, nullptr,
       {static_cast<int64_t>(matrices.size()), static_cast<int64_t>(bounds.size()) - 1}, {offset});
   return {result.scores, result.diag, result.weight_grad};
 }
@@ -263,4 +280,5 @@ std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
 STABLE_TORCH_LIBRARY_IMPL(fibecfed, CPU, m) {
   m.impl("fisher_diag", TORCH_BOX(&fisher_diag));
   m.impl("lora_fisher_diag", TORCH_BOX(&lora_fisher_diag));
+  m.impl("weighted_grad", TORCH_BOX(&weighted_grad));
 }

@@ -88,8 +88,9 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
   }
 }
 
-// diag += product squared, weight_grad += product; returns the sum of the squares, added in an order of its own.
-static double add_squares(const Task& task, const float* product, float* diag, float* weight_grad) {
+// diag += product squared, weight_grad += weight * product; returns the sum of the squares, added in an order of its own.
+static double add_squares(
+    const Task& task, const float* product, float weight, float* diag, float* weight_grad) {
   const int64_t columns = task.columns;
   double total = 0.0;
   for (int64_t i = 0; i < task.rows; ++i) {
@@ -111,15 +112,17 @@ static double add_squares(const Task& task, const float* product, float* diag, f
     }
     for (int l = 0; l < 16; ++l) total += lanes[l];
     if (weight_grad != nullptr) {
-      for (j = 0; j < columns; ++j) weight_grad[i * task.strip + j] += p[j];
+      for (j = 0; j < columns; ++j) weight_grad[i * task.strip + j] += weight * p[j];
     }
   }
   return total;
 }
 
-// Every sample of the task: its score's share into scores[n], diag and weight_grad into the scratch.
+// Every sample of the task: its score's share into scores[n], diag and weight_grad (weights[n] times the sample's, or
+// all of it) into the scratch.
 static void run_task(
-    const Task& task, const int64_t* bounds, double* scores, int64_t scores_stride, const Scratch& scratch) {
+    const Task& task, const int64_t* bounds, const float* weights, double* scores, int64_t scores_stride,
+    const Scratch& scratch) {
   for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.diag[i] = 0.0f;
   if (scratch.weight_grad != nullptr) {
     for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.weight_grad[i] = 0.0f;
@@ -128,7 +131,8 @@ static void run_task(
     double score = 0.0;
     if (bounds[n] < bounds[n + 1]) {
       sample_product(task, bounds[n], bounds[n + 1], scratch);
-      score = add_squares(task, scratch.product, scratch.diag, scratch.weight_grad);
+      const float weight = weights == nullptr ? 1.0f : weights[n];
+      score = add_squares(task, scratch.product, weight, scratch.diag, scratch.weight_grad);
     }
     scores[n * scores_stride] = score;
   }

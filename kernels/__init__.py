@@ -1,6 +1,7 @@
 """fibecfed_kernels: fused ops for federated LoRA fine-tuning, on torch alone (Triton on CUDA, C++ on the CPU).
 
-* fisher: :func:`fisher_diag`, :func:`lora_fisher_diag`: per-sample Fisher information without per-sample gradients.
+* fisher: :func:`fisher_diag`, :func:`lora_fisher_diag`, :func:`clipped_grad`: per-sample Fisher information, and sums
+  of clipped gradients, without per-sample gradients in memory.
 * update: :func:`masked_adamw_`, :func:`masked_sgd_`: optimizer steps that really freeze rows.
 * wire: :class:`WirePlan`, :func:`aggregate`: adapters as safetensors messages, averaged as they arrive.
 
@@ -12,7 +13,7 @@ Every op has three bodies of one meaning; :func:`backend` tells which one runs, 
 # package.
 if __name__ != "kernels":
     from ._backend import backend, use_backend
-    from .fisher import FisherDiag, LoraFisherDiag, fisher_diag, lora_fisher_diag
+    from .fisher import FisherDiag, LoraFisherDiag, clipped_grad, fisher_diag, lora_fisher_diag
     from .layout import Entry, FlatBuffers, row_layout
     from .update import masked_adamw_, masked_sgd_
     from .wire import Message, WireError, WirePlan, aggregate
@@ -27,6 +28,7 @@ __all__ = [
     "WirePlan",
     "aggregate",
     "backend",
+    "clipped_grad",
     "fisher_diag",
     "lora_fisher_diag",
     "masked_adamw_",

@@ -25,5 +25,5 @@ def run(name: str, device_of: Tensor, *args: Any) -> Any:
 
 def module_of(name: str, body: str) -> ModuleType:
     """The module that holds an op's body in Python; Triton is imported at the first use, which CPU users never pay."""
-    family = "fisher" if "fisher" in name else "update" if name.startswith("masked") else "wire"
+    family = "update" if name.startswith("masked") else "wire" if name.startswith("wire") else "fisher"
     return importlib.import_module(f".{family}.{body}", __package__)

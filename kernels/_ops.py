@@ -18,6 +18,7 @@ SCHEMAS = {
     "fisher_diag": "(Tensor x, Tensor grad_y, Tensor? cu_seqlens, bool weight_grad) -> (Tensor, Tensor, Tensor)",
     "lora_fisher_diag": "(Tensor x, Tensor[] h, Tensor[] grad_h, Tensor[] grad_y, Tensor? cu_seqlens, bool weight_grad)"
     " -> (Tensor, Tensor, Tensor)",
+    "weighted_grad": "(Tensor x, Tensor grad_y, Tensor weights, Tensor? cu_seqlens) -> Tensor",
     "masked_adamw_": "(Tensor(a!) data, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) steps,"
     " Tensor mask, Tensor layout, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     "masked_sgd_": "(Tensor(a!) data, Tensor grad, Tensor(b!) momentum_buffer, Tensor(c!) steps, Tensor mask,"
@@ -72,6 +73,11 @@ def _(
         x.new_empty(numel, dtype=torch.float32),
         x.new_empty(numel if weight_grad else 0, dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("fibecfed::weighted_grad", lib=_library)
+def _(x: Tensor, grad_y: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.new_empty((grad_y.shape[-1], x.shape[-1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("fibecfed::masked_adamw_", lib=_library)

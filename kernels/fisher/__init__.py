@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast, overload
+from typing import NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
 from .._dispatch import run
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .arguments import check_clipping, check_pair, describe, modules_of
 
 
 class FisherDiag(NamedTuple):
@@ -56,7 +54,7 @@ def fisher_diag(
 
     Source: per-sample Fisher as in Liu et al., EMNLP 2024 (arXiv 2410.00131), step 1.
     """
-    _check_pair("x", x, "grad_y", grad_y, cu_seqlens)
+    check_pair("x", x, "grad_y", grad_y, cu_seqlens)
     args = (x.detach(), grad_y.detach(), cu_seqlens, weight_grad)
     scores, diag, grad = run("fisher_diag", x, *args)
     return FisherDiag(scores, diag, grad if weight_grad else None)
@@ -101,7 +99,7 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
     """
     several = isinstance(h, (list, tuple))
     hs, grad_hs, grad_ys = (
-        _modules(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
+        modules_of(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
     )
     if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
         raise ValueError(
@@ -110,11 +108,11 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
         )
     for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
         label = f"[{i}]" if several else ""
-        _check_pair("x", x, f"grad_h{label}", grad_h_m, cu_seqlens)
-        _check_pair(f"h{label}", h_m, f"grad_y{label}", grad_y_m, cu_seqlens)
+        check_pair("x", x, f"grad_h{label}", grad_h_m, cu_seqlens)
+        check_pair(f"h{label}", h_m, f"grad_y{label}", grad_y_m, cu_seqlens)
         if h_m.shape != grad_h_m.shape or h_m.dtype != x.dtype or h_m.device != x.device:
             raise ValueError(
-                f"h{label}: {_describe(h_m)}, wanted the shape of grad_h{label} {tuple(grad_h_m.shape)} and dtype and "
+                f"h{label}: {describe(h_m)}, wanted the shape of grad_h{label} {tuple(grad_h_m.shape)} and dtype and "
                 f"device of x ({x.dtype}, {x.device})"
             )
     args = (
@@ -145,56 +143,29 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
     return results if several else results[0]
 
 
-def _modules(name: str, given: Tensor | Sequence[Tensor], several: bool) -> list[Tensor]:
-    """One tensor a module; a tensor among lists would be taken apart sample by sample."""
-    if not several:
-        return [cast(Tensor, given)]  # _check_pair refuses what is no tensor
-    if not isinstance(given, (list, tuple)):
-        raise TypeError(f"{name}: {type(given).__name__}, wanted a list of tensors since h is one")
-    return list(given)
+def clipped_grad(
+    x: Tensor, grad_y: Tensor, scores: Tensor, max_norm: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Sum of the samples' gradients of W in y = x Wᵀ, each scaled down to a norm of at most ``max_norm``::
 
+        Σ_n min(1, C / √scores[n]) · G_n,    G_n = Σ_t ∂y_{n,t} x_{n,t}ᵀ
 
-def _describe(t: Tensor) -> str:
-    return f"{t.dtype} {tuple(t.shape)} on {t.device}"
+    With scores of W alone (:func:`fisher_diag`) that is per-layer clipping; with each sample's scores summed over all
+    modules of an adapter, and one call a module, the clipped sum of DP-SGD, before its noise. Per-sample gradients are
+    never held in memory.
 
+    Args:
+        x, grad_y, cu_seqlens: as :func:`fisher_diag`.
+        scores: float32 (N,), ‖g_n‖² of each sample. A sample with score 0 is left as it is.
+        max_norm: C > 0.
 
-def _check_pair(x_name: str, x: Tensor, grad_name: str, grad: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted."""
-    for name, tensor in ((x_name, x), (grad_name, grad)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__}, wanted a torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: {_describe(tensor)}, wanted float32, bfloat16 or float16")
-    if grad.dtype != x.dtype or grad.device != x.device:
-        raise TypeError(f"{grad_name}: {_describe(grad)}, wanted the dtype and device of {x_name}: {_describe(x)}")
-    if cu_seqlens is None:
-        if x.dim() != 3:
-            raise ValueError(f"{x_name}: {_describe(x)}, wanted (N, T, features), or (total, features) with cu_seqlens")
-    elif x.dim() != 2:
-        raise ValueError(f"{x_name}: {_describe(x)}, wanted (total, features) since cu_seqlens is given")
-    if grad.dim() != x.dim() or grad.shape[:-1] != x.shape[:-1]:
-        wanted = ", ".join(map(str, x.shape[:-1]))
-        raise ValueError(f"{grad_name}: {_describe(grad)}, wanted ({wanted}, features) as {x_name} has")
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, x)
+    Returns float32 (d_out, d_in).
 
+    Raises: as :func:`fisher_diag`, also for scores of another shape or dtype and for ``max_norm``.
 
-def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,) on {x.device}")
-    if (
-        cu_seqlens.dtype != torch.int32
-        or cu_seqlens.dim() != 1
-        or cu_seqlens.numel() < 1
-        or cu_seqlens.device != x.device
-    ):
-        raise ValueError(f"cu_seqlens: {_describe(cu_seqlens)}, wanted int32 (N+1,) on {x.device}")
-    if torch.compiler.is_compiling():
-        return  # values are not known while tracing; the bodies never read past `total`
-    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == x.shape[0]) & (cu_seqlens.diff() >= 0).all()
-    if cu_seqlens.device.type == "cuda":
-        torch._assert_async(good)  # a check that waited for the device would cost more than the op
-    elif not bool(good):
-        raise ValueError(
-            f"cu_seqlens: values must rise from 0 to {x.shape[0]} (the number of tokens), got {cu_seqlens.tolist()}"
-        )
+    Source: Abadi et al., 2016 (arXiv 1607.00133), algorithm 1, for the clipped sum.
+    """
+    check_pair("x", x, "grad_y", grad_y, cu_seqlens)
+    check_clipping(scores, max_norm, x, cu_seqlens)
+    weights = (max_norm / scores.detach().sqrt()).clamp(max=1.0)
+    return run("weighted_grad", x, x.detach(), grad_y.detach(), weights, cu_seqlens)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def _stack_tile(
-    wide, width, thins, bases, slots, cu_seqlens, tokens, total, samples, partial, diag, grad, values, tile,
+    wide, width, thins, bases, slots, cu_seqlens, weights, tokens, total, samples, partial, diag, grad, values, tile,
     S: tl.constexpr, RANKS: tl.constexpr, STARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
     THIN_TILES: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,10 @@ def _stack_tile(
             tl.store(partial + slot * samples + n, tl.sum(tl.where(mine[:, None], square, 0.0)))
         squares += square
         if grad is not None:
-            sums += gradient
+            if weights is None:
+                sums += gradient
+            else:
+                sums += gradient * tl.load(weights + n)
     for m in tl.static_range(len(RANKS[S])):
         local = (rows - STARTS[S][m]).to(tl.int64)
         inside = ((local >= 0) & (local < RANKS[S][m]))[:, None] & (cols < width)[None, :]
@@ -68,7 +71,7 @@ def _stack_tile(
 # Sizes that no address depends on are not specialised: a new batch shape compiles nothing.
 @triton.jit(do_not_specialize=("bases", "slots", "tokens", "total", "samples", "values"))
 def fisher_kernel(
-    wides, widths, thins, bases, slots, cu_seqlens, tokens, total, samples, partial, diag, grad, values,
+    wides, widths, thins, bases, slots, cu_seqlens, weights, tokens, total, samples, partial, diag, grad, values,
     RANKS: tl.constexpr, STARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, THIN_TILES: tl.constexpr,
     FEATURES: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -78,8 +81,9 @@ def fisher_kernel(
         tiles = tl.cdiv(widths[s], FEATURES) * THIN_TILES[s]
         if (tile >= 0) & (tile < tiles):
             _stack_tile(
-                wides[s], widths[s], thins[s], bases[s], slots[s], cu_seqlens, tokens, total, samples, partial, diag,
-                grad, values, tile, s, RANKS, STARTS, TRANSPOSED[s], ROWS[s], THIN_TILES[s], FEATURES, TOKENS, UPCAST,
+                wides[s], widths[s], thins[s], bases[s], slots[s], cu_seqlens, weights, tokens, total, samples,
+                partial, diag, grad, values, tile, s, RANKS, STARTS, TRANSPOSED[s], ROWS[s], THIN_TILES[s], FEATURES,
+                TOKENS, UPCAST,
             )  # fmt: skip
         tile -= tiles
 

@@ -38,14 +38,18 @@ def fisher_diag(
     return torch.stack(scores) if scores else diag.new_zeros(0), diag, total
 
 
+def weighted_grad(x: Tensor, grad_y: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Σ_n weights[n] · G_n, (d_out, d_in)."""
+    total = torch.zeros((grad_y.shape[-1], x.shape[-1]), dtype=torch.float32, device=x.device)
+    for weight, (x_n, grad_n) in zip(weights, _samples(x, grad_y, cu_seqlens), strict=True):
+        total += weight * (grad_n.T @ x_n)
+    return total
+
+
 def lora_fisher_diag(
-    x: Tensor,
-    h: Sequence[Tensor],
-    grad_h: Sequence[Tensor],
-    grad_y: Sequence[Tensor],
-    cu_seqlens: Tensor | None,
+    x: Tensor, h: Sequence[Tensor], grad_h: Sequence[Tensor], grad_y: Sequence[Tensor], cu_seqlens: Tensor | None,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """scores (2·modules, N) and the flat diag and weight_grad of A_0, B_0, A_1, B_1, … one after the other."""
     parts = []
     for h_m, grad_h_m, grad_y_m in zip(h, grad_h, grad_y, strict=True):

@@ -34,6 +34,7 @@ def _launch(
     cu_seqlens: Tensor | None,
     weight_grad: bool,
     limit: int,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores (matrices, N), flat diag, flat weight_grad or empty."""
     first = wides[0]
@@ -55,8 +56,8 @@ def _launch(
     widths = tuple(wide.shape[-1] for wide in wides)
     with on_device_of(first):
         fisher_kernel[(plan.tiles, groups)](
-            wides, widths, thins, plan.bases, plan.slots, cu_seqlens, tokens, total, samples, partial, diag_parts,
-            grad_parts, plan.values, plan.ranks, plan.starts, plan.transposed, plan.rows, plan.thin_tiles,
+            wides, widths, thins, plan.bases, plan.slots, cu_seqlens, weights, tokens, total, samples, partial,
+            diag_parts, grad_parts, plan.values, plan.ranks, plan.starts, plan.transposed, plan.rows, plan.thin_tiles,
             plan.tile.features, plan.tile.tokens, interpreting(),
             num_warps=plan.tile.warps, num_stages=plan.tile.stages,
         )  # fmt: skip
@@ -78,6 +79,15 @@ def fisher_diag(
     # One group: the results may be as large as the weight itself, and parts of them a multiple of that.
     scores, diag, grad = _launch(plan, (wide,), ((thin,),), cu_seqlens, weight_grad, limit=1)
     return scores[0], diag.view(shape), grad.view(shape) if weight_grad else grad
+
+
+def weighted_grad(x: Tensor, grad_y: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Σ_n weights[n] · G_n, (d_out, d_in): the kernel's weight_grad with a factor a sample."""
+    shape = (grad_y.shape[-1], x.shape[-1])
+    plan = linear_plan(shape[1], shape[0], x.element_size())
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    wide, thin = (grad_y, x) if plan.transposed[0] else (x, grad_y)
+    return _launch(plan, (wide,), ((thin,),), cu_seqlens, True, 1, weights.contiguous())[2].view(shape)
 
 
 def lora_fisher_diag(

@@ -52,6 +52,19 @@ def fisher_truth(x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None) ->
     return g.square().sum((1, 2)), g.square().sum(0), g.sum(0)
 
 
+def clipped_truth(
+    x: Tensor, grad_y: Tensor, scores: Tensor, max_norm: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Σ_n min(1, C/√scores[n]) G_n by a float64 batch-of-1 loop."""
+    bounds = cu_seqlens.tolist() if cu_seqlens is not None else None
+    total = torch.zeros(grad_y.shape[-1], x.shape[-1], dtype=torch.float64)
+    for n, score in enumerate(scores.tolist()):
+        part = slice(n, n + 1) if bounds is None else slice(bounds[n], bounds[n + 1])
+        one = (x[part], grad_y[part]) if bounds is None else (x[None, part], grad_y[None, part])
+        total += min(1.0, max_norm / score**0.5 if score > 0 else 1.0) * fisher_truth(*one)[2]
+    return total
+
+
 def fisher_inputs(
     samples: int, tokens: int, d_in: int, d_out: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def test_opcheck_of_the_fisher_ops(dtype: torch.dtype) -> None:
     ops = torch.ops.fibecfed
     torch.library.opcheck(ops.fisher_diag.default, (x, grad_y[0], None, True))
     torch.library.opcheck(ops.lora_fisher_diag.default, (x, h, grad_h, grad_y, None, True))
+    torch.library.opcheck(ops.weighted_grad.default, (x, grad_y[0], torch.rand(2, device="cuda"), None))
 
 
 def test_opcheck_of_the_update_ops() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fibecfed_kernels import (
     Entry,
     FisherDiag,
+    clipped_grad,
     fisher_diag,
     lora_fisher_diag,
     masked_adamw_,
@@ -24,7 +25,7 @@ from fibecfed_kernels import (
     use_backend,
 )
 from fibecfed_kernels.update import reference
-from tests.kernels.oracle import assert_near, fisher_inputs, fisher_truth
+from tests.kernels.oracle import assert_near, clipped_truth, fisher_inputs, fisher_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -76,6 +77,20 @@ def test_fisher_diag_is_the_square_of_the_gradient_of_each_sample(
 ) -> None:
     x, grad_y = fisher_inputs(samples, tokens, d_in, d_out, dtype, device=DEVICE)
     assert_true(fisher_diag(x, grad_y, weight_grad=True), x, grad_y)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "d_in", "d_out", "dtype"),
+    [(7, 33, 31, 384, BF16), (2, 63, 384, 12, FP32), (9, 1, 1, 1, FP16), (0, 5, 31, 4, FP32)],
+)
+def test_clipped_gradients_are_scaled_sample_by_sample(
+    samples: int, tokens: int, d_in: int, d_out: int, dtype: torch.dtype
+) -> None:
+    x, grad_y = fisher_inputs(samples, tokens, d_in, d_out, dtype, device=DEVICE)
+    scores = fisher_diag(x, grad_y).scores
+    max_norm = float(scores.sqrt().median()) if samples else 1.0
+    found = clipped_grad(x, grad_y, scores, max_norm)
+    assert_near(found.cpu(), clipped_truth(x, grad_y, scores, max_norm), "fisher")
 
 
 @pytest.mark.parametrize(
