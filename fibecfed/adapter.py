@@ -162,6 +162,8 @@ class FlatAdapter:
     def copy_(self, values: Tensor) -> FlatAdapter:
         """Overwrite all trainable values with ``values`` (numel,)."""
         self.check(gradients=False)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: {type(values).__name__}, wanted a torch.Tensor ({self.numel},)")
         if values.shape != self.data.shape:
             raise ValueError(f"values: {tuple(values.shape)}, wanted {tuple(self.data.shape)}")
         with torch.no_grad():

@@ -6,6 +6,7 @@ backward reaches A, one kernel call gives both matrices' scores, diagonals and o
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Any, Literal
 
@@ -40,19 +41,24 @@ class capture_fisher:
 
     Args:
         model: a PEFT model with LoRA on nn.Linear modules.
-        reduction: how the loss was made of the samples' losses: "mean" (over the N samples) or "sum".
-        loss_scale: factor on the loss, e.g. ``GradScaler.get_scale()``; removed from scores and diagonal, not
-            from .grad.
+        reduction: how the loss was made of the samples' losses: "mean" (over the N samples) or "sum". A mean over
+            anything else (tokens, samples that are not ignored, outputs of a regression) is a sum with a factor:
+            reduction="sum", loss_scale=1/(number of them). What the loss is cannot be seen from here.
+        loss_scale: any other factor on the loss, e.g. ``GradScaler.get_scale()``, or 1/k where gradients of k batches
+            are accumulated; removed from scores and diagonal, not from .grad.
         cu_seqlens: int32 (N+1,) for packed batches, whose module inputs are (1, total, d) or (total, d).
+        num_samples: N, if it is to be checked: a model that flattens samples and tokens into one axis before a module
+            would give scores of tokens.
         weight_grad: False leaves ``.grad`` of the LoRA parameters untouched.
 
     Forward AND backward of one batch belong inside the block, once. Right under autocast, gradient checkpointing,
-    dropout, rsLoRA, bf16 models, padding on either side. Results are there when the block ends.
+    dropout, rsLoRA, bf16 models, padding on either side. A module's input must have the samples on its first axis.
+    Results are there when the block ends.
 
     Raises:
         UnsupportedModuleError: on entry, see :func:`fibecfed.lora.lora_pairs`.
         FisherCaptureError: a module was seen never, or twice (used twice in one forward, or two backward passes),
-            or with another number of samples than the others.
+            or with another number of samples than the others or than ``num_samples``; or inference mode is on.
 
     Source: step 1 of FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131).
     """
@@ -65,16 +71,20 @@ class capture_fisher:
         loss_scale: float = 1.0,
         cu_seqlens: Tensor | None = None,
         weight_grad: bool = True,
+        num_samples: int | None = None,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: {reduction!r}, wanted 'mean' or 'sum'")
-        if not loss_scale > 0:
-            raise ValueError(f"loss_scale: {loss_scale}, wanted > 0")
+        if not isinstance(loss_scale, (int, float)) or not 0.0 < loss_scale < math.inf:
+            raise ValueError(f"loss_scale: {loss_scale!r}, wanted a number with 0 < loss_scale < ∞")
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,)")
         self.model = model
         self.reduction = reduction
         self.loss_scale = loss_scale
         self.cu_seqlens = cu_seqlens
         self.weight_grad = weight_grad
+        self.num_samples = num_samples
         self._pairs: list[LoraPair] = []
         self._seen: dict[LoraPair, LoraFisherDiag] = {}
         self._scores: Tensor | None = None
@@ -102,6 +112,8 @@ class capture_fisher:
         return self._diagonal
 
     def __enter__(self) -> capture_fisher:
+        if torch.is_inference_mode_enabled():
+            raise FisherCaptureError("capture_fisher: inference mode is on, in which nothing has a gradient")
         self._pairs = lora_pairs(self.model)
         if any("forward" in linear.__dict__ for pair in self._pairs for linear in (pair.a, pair.b)):
             raise FisherCaptureError("capture_fisher: blocks cannot be nested")
@@ -147,6 +159,11 @@ class capture_fisher:
         odd = next((name for name, count in counts.items() if count != samples), None)
         if odd is not None:
             raise FisherCaptureError(f"{odd}: saw {counts[odd]} samples where {self._pairs[0].name} saw {samples}")
+        if self.num_samples is not None and samples != self.num_samples:
+            raise FisherCaptureError(
+                f"{self._pairs[0].name}: saw {samples} samples, wanted {self.num_samples} (num_samples); a module's "
+                "input must have the samples on its first axis"
+            )
         # ∂(mean loss) is 1/N of the sample's own gradient, so squares want N² back; a loss scale S wants 1/S².
         factor = ((samples if self.reduction == "mean" else 1) / self.loss_scale) ** 2
         found = [self._seen[pair] for pair in self._pairs]

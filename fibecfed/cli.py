@@ -113,8 +113,8 @@ def score(
 ) -> None:
     """Score how hard each training sample is for a model, by its Fisher information before any training.
 
-    SCORES is the file to write, .parquet or .csv, with the columns index, text, pair (where there is one), label, score
-    and rank (0: the easiest).
+    SCORES is the file to write, .parquet or .csv, with the columns index (the sample's row in the data, from 0), text,
+    pair (where there is one), label, score and rank (0: the easiest). Samples held out for testing are not scored.
     """
     with _user_errors():
         from .scores import check_format, score_data, write_scores
@@ -126,7 +126,9 @@ def score(
             task = progress.add_task("score", total=None)
             columns = score_data(config, lambda done, total: progress.update(task, completed=done, total=total))
         write_scores(output, columns)
-        console.print(f"{output}: {len(columns['score'])} samples", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{output}: {len(columns['score'])} training samples", markup=False, highlight=False, soft_wrap=True
+        )
         by_rank = sorted(range(len(columns["rank"])), key=columns["rank"].__getitem__)
         for title, chosen in (("easiest", by_rank[:show]), ("hardest", by_rank[::-1][:show])):
             if chosen:

@@ -22,12 +22,14 @@ __all__ = ["DataError", "Split", "Task", "load_task"]
 
 @dataclass(frozen=True)
 class Split:
-    """n samples: texts, second texts (sentence pairs) or None, labels (n,) int64, natural owners or None."""
+    """n samples: texts, second texts (sentence pairs) or None, labels (n,) int64, natural owners or None; ``rows`` (n,)
+    int64: where each stands in what was read, counted from 0."""
 
     text: list[str]
     pair: list[str] | None
     labels: NDArray[np.int64]
     keys: list[str] | None
+    rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -41,7 +43,7 @@ class Split:
 
         pair = None if self.pair is None else pick(self.pair)
         keys = None if self.keys is None else pick(self.keys)
-        return Split(pick(self.text), pair, self.labels[chosen], keys)
+        return Split(pick(self.text), pair, self.labels[chosen], keys, None if self.rows is None else self.rows[chosen])
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _split(table: Table, columns: Columns, classes: Sequence[str]) -> Split:
         pair=None if columns.pair is None else table.texts(columns.pair),
         labels=labels,
         keys=None if keys is None else [str(value) for value in keys],
+        rows=np.arange(len(labels), dtype=np.int64),
     )
 
 

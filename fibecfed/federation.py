@@ -98,11 +98,14 @@ def build(config: RunConfig) -> Federation:
         task.train.labels, parts, task.test.labels, seed=config.seed, train_keys=keys[0], test_keys=keys[1]
     )
     loaded = load_base(config, len(task.classes))
+    flat = FlatAdapter(loaded.model)
+    if config.gal.count is not None and config.gal.count > len(flat.layers):
+        raise ConfigError(f"gal.count = {config.gal.count}: wanted at most {len(flat.layers)}, the model's layers")
     return Federation(
         config=config,
         task=task,
         loaded=loaded,
-        flat=FlatAdapter(loaded.model),
+        flat=flat,
         train=encode(task.train, loaded.tokenizer, config.data.max_tokens),
         test=encode(task.test, loaded.tokenizer, config.data.max_tokens),
         devices=[Device(k, train, test) for k, (train, test) in enumerate(zip(parts, tests, strict=True))],

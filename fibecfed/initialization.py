@@ -52,7 +52,7 @@ def choose_layers(fed: Federation, client: Client, watch: Stopwatch, on_phase: O
             choice.lossless = _lossless(fed, client, on_phase) | {"decides": by_rule}
         choice.bytes_up += SCALAR_BYTES * len(choice.lossless["devices"])
     if gal.count is not None:
-        count = min(gal.count, len(available))
+        count = gal.count
     elif gal.fraction is not None:
         count = max(1, round(gal.fraction * len(available)))
     else:

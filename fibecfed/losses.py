@@ -20,7 +20,8 @@ IGNORED = -100  # a label that is not learnt, as in torch and transformers
 
 def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of each sample, (N,), by the logits (N, classes) and ``batch["labels"]``, integers (N,)."""
-    logits, labels = _logits(model, batch), batch["labels"]
+    labels = _labels(batch)
+    logits = _logits(model, batch)
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and "
@@ -34,7 +35,8 @@ def regression_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     f(x) are the logits (N, k), ``batch["labels"]`` floats (N, k), or (N,) for k = 1.
     """
-    logits, labels = _logits(model, batch), batch["labels"]
+    labels = _labels(batch)
+    logits = _logits(model, batch)
     if logits.dim() == 2 and labels.dim() == 1:
         labels = labels[:, None]
     if logits.dim() != 2 or labels.shape != logits.shape or not labels.is_floating_point():
@@ -70,13 +72,21 @@ class Task(NamedTuple):
     draw: Callable[[nn.Module, Mapping[str, Tensor], Generator | None], Tensor]
 
 
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"batch: 'labels' is {type(labels).__name__}, wanted a tensor")
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's output, asked for without labels: it would compute a loss of its own for nothing."""
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 
 def _token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    logits, labels = _logits(model, batch), batch["labels"]
+    labels = _labels(batch)
+    logits = _logits(model, batch)
     if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.is_floating_point():
         raise ValueError(
             f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, T, classes) and "
@@ -98,8 +108,10 @@ def _sampled(logits: Tensor, generator: Generator | None) -> Tensor:
 
 @torch.no_grad()
 def draw_classes(model: nn.Module, batch: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
-    """Labels (N,) from p(y | x) of a classifier."""
-    return _sampled(_logits(model, batch), generator)
+    """Labels (N,) from p(y | x) of a classifier; where the data's label is −100, it stays."""
+    drawn = _sampled(_logits(model, batch), generator)
+    known = batch.get("labels")
+    return drawn if known is None else torch.where(known == IGNORED, IGNORED, drawn)
 
 
 @torch.no_grad()

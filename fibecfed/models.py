@@ -216,6 +216,8 @@ def _find_targets(name: str, base: nn.Module, wanted: Sequence[str] | None) -> t
     for candidate in candidates:
         if candidate and linear.issuperset(candidate):
             return candidate
+    if wanted is not None:  # name only those that are not there
+        candidates = (tuple(target for target in wanted if target not in linear),)
     looked_for = " or ".join("+".join(candidate) for candidate in candidates)
     raise ModelError(f"{name}: no linear modules {looked_for}; give targets out of {', '.join(sorted(linear))}")
 

@@ -45,13 +45,28 @@ class _Masked(torch.optim.Optimizer):
         """Zero the gradients in place: they are views of one buffer, so ``set_to_none`` is refused by being ignored."""
         self.flat.zero_grad()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: what is stepped is the flat adapter. (torch's constructor calls it once, for that.)"""
+        if self.param_groups:
+            raise ValueError("param_group: a masked optimizer steps the parameters of its flat adapter and no others")
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; refuses the state of another adapter (other number of values or rows)."""
+        """As torch's; refuses, before anything is changed, the state of another optimizer or of another adapter."""
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"state_dict: wanted what {type(self).__name__}.state_dict() gives")
+        groups = state_dict["param_groups"]
+        if len(groups) != 1 or not self.defaults.keys() <= groups[0].keys():
+            raise ValueError(f"state_dict: of another optimizer, wanted one of {type(self).__name__}")
         for state in state_dict["state"].values():
+            names = {*self._moments(groups[0]), "step"}
+            if state.keys() != names:
+                raise ValueError(f"state_dict: state of {sorted(state)}, wanted {sorted(names)}")
             for name, tensor in state.items():
                 wanted = self.flat.num_rows if name == "step" else self.flat.numel
                 if tensor.numel() != wanted:
                     raise ValueError(f"state_dict: {name} holds {tensor.numel()} values, wanted {wanted}")
+        self._checked(groups[0]["mask"])
         super().load_state_dict(state_dict)
         self.set_mask(self.mask)
 

@@ -18,9 +18,10 @@ FORMATS = (".parquet", ".csv")
 def score_data(config: RunConfig, on_batch: Callable[[int, int], None] | None = None) -> dict[str, list[Any]]:
     """Score the training samples of ``config.data`` with ``config.model`` before any training.
 
-    Returns columns, a row a sample in the order of the data: index, text, pair (where there is one), label (its name),
-    score = Σ_p (∂ log p(y | x) / ∂p)² over the LoRA parameters, rank (0: the easiest). ``on_batch(done, total)`` tells
-    how far it is.
+    Returns columns, a row a sample in the order of the data: index (the sample's row in the source, from 0; samples
+    held out for testing or beyond ``data.max_train`` are not scored), text, pair (where there is one), label (its
+    name), score = Σ_p (∂ log p(y | x) / ∂p)² over the LoRA parameters, rank (0: the easiest). ``on_batch(done, total)``
+    tells how far it is.
 
     Raises DataError and ModelError for what does not fit.
     """
@@ -55,7 +56,8 @@ def score_data(config: RunConfig, on_batch: Callable[[int, int], None] | None = 
     scores = found.scores.cpu().numpy()[buckets.inverse]
     rank = np.empty(len(scores), dtype=np.int64)
     rank[np.argsort(scores, kind="stable")] = np.arange(len(scores))
-    columns: dict[str, list[Any]] = {"index": list(range(len(scores))), "text": list(task.train.text)}
+    assert task.train.rows is not None
+    columns: dict[str, list[Any]] = {"index": task.train.rows.tolist(), "text": list(task.train.text)}
     if task.train.pair is not None:
         columns["pair"] = list(task.train.pair)
     columns["label"] = [task.classes[label] for label in task.train.labels]

@@ -63,6 +63,8 @@ def score_samples(
     unknown task, labels="model" with a loss of your own, or draws that do not fit.
     """
     loss_of, draw = _task(sample_loss, labels, draws)
+    if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
+        raise TypeError(f"loader: {type(loader).__name__}, wanted batches one by one: a list or a DataLoader")
     weights = [w for pair in lora_pairs(model) for w in (pair.a.weight, pair.b.weight)]
     scores: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
@@ -94,6 +96,8 @@ def _task(
     """The loss, and the way to draw labels if they are the model's."""
     if labels not in ("data", "model"):
         raise ValueError(f"labels: {labels!r}, wanted 'data' or 'model'")
+    if not isinstance(draws, int) or isinstance(draws, bool):
+        raise TypeError(f"draws: {draws!r}, wanted an integer")
     if draws < 1 or (labels == "data" and draws != 1):
         raise ValueError(f"draws: {draws}, wanted ≥ 1, and 1 for labels='data', which are not drawn")
     if isinstance(sample_loss, str):
@@ -101,6 +105,8 @@ def _task(
             raise ValueError(f"sample_loss: {sample_loss!r}, wanted one of {', '.join(TASKS)}, or a function")
         task = TASKS[sample_loss]
         return task.loss, task.draw if labels == "model" else None
+    if not callable(sample_loss):
+        raise TypeError(f"sample_loss: {type(sample_loss).__name__}, wanted a task's name or a function")
     if labels == "model":
         raise ValueError(f"labels: 'model' can be drawn for {', '.join(TASKS)}; sample_loss is a function")
     return sample_loss, None
@@ -111,8 +117,9 @@ def _scored(
 ) -> capture_fisher:
     with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
         losses = loss_of(model, batch)
-        if losses.dim() != 1:
-            raise ValueError(f"sample_loss: gave shape {tuple(losses.shape)}, wanted (N,)")
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"sample_loss: gave {given}, wanted a tensor (N,)")
         # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
         torch.autograd.grad(losses.sum(), weights, allow_unused=True)
     if fisher.scores.shape != losses.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..layout import Entry, FlatBuffers
+from .errors import WeightError
 from .format import ALIGNMENT, DIGITS
 
+SMALLEST, LARGEST = 1e-100, 1e100  # of a weight: weight · value stays exact to 2⁻⁵³ in float64
 Buffer = Tensor | bytes | bytearray | memoryview
 
 
@@ -45,7 +48,7 @@ def sorted_layers(layers: Iterable[int], entries: Sequence[Entry]) -> tuple[int,
         found = [operator.index(layer) for layer in given]
     except TypeError:
         raise TypeError(f"layers: {layers!r}, wanted block indices, some of {sorted(known)}") from None
-    if any(isinstance(layer, bool) for layer in given):
+    if any(isinstance(layer, bool) or getattr(layer, "dtype", None) == torch.bool for layer in given):
         raise TypeError(f"layers: {given}, wanted block indices; choose from a mask with mask.nonzero()")
     if unknown := sorted(set(found) - known):
         raise ValueError(f"layers: no block {unknown[0]} in flat.entries, which have {sorted(known)}")
@@ -88,3 +91,24 @@ def bytes_of(buffer: Buffer) -> Tensor:
 def is_aligned(buffer: Tensor) -> bool:
     """Both its address and its place in its storage: a view in another dtype asks for the second."""
     return buffer.data_ptr() % ALIGNMENT == 0 and buffer.storage_offset() % ALIGNMENT == 0
+
+
+def checked_weight(name: str, value: float, index: int | None = None) -> float:
+    """A weight as a float. Raises TypeError for what is no number, WeightError for one outside the range."""
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: {value!r}, wanted a number") from None
+    if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
+        raise WeightError(
+            "weight", f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index
+        )
+    return weight
+
+
+def check_values(name: str, values: Tensor, dtype: torch.dtype, numel: int) -> None:
+    """Refuse what is not a contiguous tensor (numel,) of ``dtype``."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: {type(values).__name__}, wanted a torch.Tensor")
+    if values.dtype != dtype or values.shape != (numel,) or not values.is_contiguous():
+        raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}, wanted contiguous {dtype} ({numel},)")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from .arguments import Buffer
-from .errors import CountError, WeightError, WireError
+from .arguments import Buffer, checked_weight
+from .errors import CountError, WireError
 from .plan import WirePlan
-
-SMALLEST, LARGEST = 1e-100, 1e100  # weight · value stays exact to 2⁻⁵³ in float64
 
 
 def aggregate(
@@ -77,12 +74,4 @@ def _next_weight(shares: Iterator[float], index: int) -> float:
         given = next(shares)
     except StopIteration:
         raise CountError("weights", f"only {index}, wanted one a message") from None
-    try:
-        weight = float(given)
-    except (TypeError, ValueError):
-        raise TypeError(f"weights[{index}]: {given!r}, wanted a number") from None
-    if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
-        raise WeightError(
-            "weight", f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index
-        )
-    return weight
+    return checked_weight(f"weights[{index}]", given, index)

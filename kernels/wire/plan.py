@@ -11,7 +11,17 @@ from torch import Tensor
 
 from .._dispatch import run
 from ..layout import Entry, FlatBuffers, row_layout
-from .arguments import Buffer, bytes_of, check_entries, check_flat, checked_count, is_aligned, sorted_layers
+from .arguments import (
+    Buffer,
+    bytes_of,
+    check_entries,
+    check_flat,
+    check_values,
+    checked_count,
+    checked_weight,
+    is_aligned,
+    sorted_layers,
+)
 from .digest import crc32c, digest
 from .errors import ChecksumError, NotFiniteError, RangeError, RoundError
 from .format import ALIGNMENT, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
@@ -78,6 +88,8 @@ class WirePlan:
         message = Message(checked_count("round", round), checked_count("num_samples", num_samples))
         if out is None:
             out = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
+        elif not isinstance(out, Tensor):
+            raise TypeError(f"out: {type(out).__name__}, wanted a contiguous uint8 tensor ({self.nbytes},)")
         elif out.dtype != torch.uint8 or out.shape != (self.nbytes,) or not out.is_contiguous() or not out.is_cpu:
             what = f"{out.dtype} {tuple(out.shape)} on {out.device}"
             raise ValueError(f"out: {what}, wanted contiguous uint8 ({self.nbytes},) in host memory")
@@ -126,19 +138,18 @@ class WirePlan:
     def scatter_(self, values: Tensor, flat: FlatBuffers) -> None:
         """Write float32 ``values`` (numel,), as :func:`aggregate` and :meth:`gather` give them, into ``flat.data``."""
         data = self._data(flat)
-        if values.dtype != torch.float32 or values.shape != (self.numel,):
-            raise ValueError(f"values: {values.dtype} {tuple(values.shape)}, wanted torch.float32 ({self.numel},)")
-        values = values.detach().to(data.device).contiguous()
+        check_values("values", values, torch.float32, self.numel)
+        values = values.detach().to(data.device)
         run("wire_unpack_", data, values, values[:0], self._table_on(data.device), data)
         torch.autograd.graph.increment_version(flat.data)
 
     def add_(self, sum: Tensor, buffer: Buffer, weight: float, round: int | None = None) -> Message:
         """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,)."""
-        if sum.dtype != torch.float64 or sum.shape != (self.numel,) or not sum.is_contiguous():
-            raise ValueError(f"sum: {sum.dtype} {tuple(sum.shape)}, wanted contiguous torch.float64 ({self.numel},)")
+        check_values("sum", sum, torch.float64, self.numel)
+        weight = checked_weight("weight", weight)
         payload, message = self._open(buffer, round)
         payload = payload.to(sum.device)
-        run("wire_accumulate_", sum, sum, *self._typed(payload), self._table_on(sum.device), float(weight))
+        run("wire_accumulate_", sum, sum, *self._typed(payload), self._table_on(sum.device), weight)
         return message
 
     def _open(self, buffer: Buffer, round: int | None) -> tuple[Tensor, Message]:

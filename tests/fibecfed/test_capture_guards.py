@@ -256,7 +256,30 @@ def test_results_before_the_end_of_the_block_are_refused() -> None:
         model(**batch()).loss.backward()
 
 
-@pytest.mark.parametrize("bad", [{"reduction": "none"}, {"loss_scale": 0.0}])
+BAD = [
+    {"reduction": "none"},
+    {"loss_scale": 0.0},
+    {"loss_scale": float("inf")},
+    {"loss_scale": "2"},
+    {"cu_seqlens": [0]},
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_arguments_are_refused_by_name(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(bad))}: "):
         capture_fisher(tiny(), **bad)  # type: ignore[arg-type]
+
+
+def test_another_number_of_samples_than_said_is_refused() -> None:
+    model = tiny()
+    with capture_fisher(model, num_samples=5):
+        model(**batch()).loss.backward()
+    words = r"saw 5 samples, wanted 4 \(num_samples\).*first axis"
+    with pytest.raises(FisherCaptureError, match=words), capture_fisher(model, num_samples=4):
+        model(**batch()).loss.backward()
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(FisherCaptureError, match="inference mode is on"):
+        run(tiny())

@@ -212,3 +212,30 @@ def test_bad_arguments_are_refused_by_name() -> None:
     trained.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match="lr: -1"):
         trained.step()
+
+
+def test_other_parameters_are_refused() -> None:
+    optimizer = MaskedAdamW(FlatAdapter(tiny()))
+    with pytest.raises(ValueError, match="param_group: a masked optimizer steps the parameters of its flat adapter"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_state_of_another_optimizer_is_refused_and_changes_nothing() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    adamw, sgd = MaskedAdamW(flat), MaskedSGD(flat, lr=0.1, momentum=0.9)
+    for optimizer in (adamw, sgd):
+        train(model, optimizer, 1)
+    plain = torch.optim.AdamW([torch.nn.Parameter(flat.data.detach().clone())]).state_dict()
+    cut = adamw.state_dict()
+    cut["param_groups"][0]["mask"] = torch.ones(3, dtype=torch.bool)
+    halved = adamw.state_dict()
+    halved["state"] = {0: {"step": halved["state"][0]["step"]}}
+    for bad in (sgd.state_dict(), plain, {}, None, cut, halved):
+        with pytest.raises(ValueError, match=r"state_dict|mask"):
+            adamw.load_state_dict(bad)  # type: ignore[arg-type]
+    assert adamw.mask.shape == (flat.num_rows,)
+    assert adamw.state[flat.data]["step"].max() == 1
+    adamw.load_state_dict(adamw.state_dict())
+    train(model, adamw, 1)

@@ -121,7 +121,7 @@ def test_bad_input_is_refused_by_name() -> None:
         score_samples(model, [])
     with pytest.raises(ValueError, match="labels"):
         score_samples(model, [batch()], labels="both")
-    with pytest.raises(ValueError, match=r"sample_loss: gave shape \(\), wanted \(N,\)"):
+    with pytest.raises(ValueError, match=r"sample_loss: gave shape \(\), wanted a tensor \(N,\)"):
         score_samples(model, [batch()], sample_loss=lambda m, b: m(**b).loss)
     with pytest.raises(ValueError, match="sample_loss: 4 losses for 5 samples"):
         score_samples(model, [batch()], sample_loss=one_short)
@@ -174,3 +174,33 @@ def test_several_draws_are_averaged() -> None:
 def test_tasks_and_draws_that_do_not_fit_are_refused_by_name(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         score_samples(tiny(), [batch()], **bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"loader": batch()}, TypeError, "loader: dict, wanted batches one by one"),
+        ({"loader": None}, TypeError, "loader: NoneType, wanted batches"),
+        ({"sample_loss": None}, TypeError, "sample_loss: NoneType, wanted a task's name or a function"),
+        ({"sample_loss": lambda m, b: 1.0}, ValueError, "sample_loss: gave float, wanted a tensor"),
+        ({"draws": 1.5}, TypeError, "draws: 1.5, wanted an integer"),
+        ({"draws": True}, TypeError, "draws: True, wanted an integer"),
+        ({"loader": [{"input_ids": batch()["input_ids"]}]}, ValueError, "batch: 'labels' is NoneType, wanted a tensor"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_by_name(changes: dict[str, Any], error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        score_samples(**{"model": tiny(), "loader": [batch()], **changes})
+
+
+def test_labels_of_any_integer_type_and_ignored_ones() -> None:
+    model, whole = tiny("bert"), batch(samples=6)
+    plain = score_samples(model, [whole]).scores
+    assert torch.equal(score_samples(model, [{**whole, "labels": whole["labels"].int()}]).scores, plain)
+    some = whole["labels"].clone()
+    some[2] = -100
+    drawn = score_samples(
+        model, [{**whole, "labels": some}], labels="model", generator=torch.Generator().manual_seed(0)
+    )
+    assert drawn.scores[2] == 0
+    assert (drawn.scores[[0, 1, 3, 4, 5]] > 0).all()

@@ -274,6 +274,12 @@ def test_a_device_that_is_not_there_is_refused_by_name(sources: tuple[Path, Path
     assert not (tmp_path / "out").exists()
 
 
+def test_more_layers_than_the_model_has_are_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"gal.count = 99: wanted at most {LAYERS}, the model's layers"):
+        run(config(sources, tmp_path / "out", "gal.fraction=none", "gal.count=99"))
+    assert not (tmp_path / "out").exists()
+
+
 def replace_devices(settings: RunConfig, devices: int) -> RunConfig:
     return settings.model_copy(update={"partition": settings.partition.model_copy(update={"devices": devices})})
 

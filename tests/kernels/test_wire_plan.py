@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fibecfed_kernels import WirePlan
+from fibecfed_kernels.wire.errors import WeightError
 
 from .wire_tools import Flat, make_flat
 
@@ -23,6 +24,7 @@ SMALL = ((0, (2, 3)), (1, (4, 2)), (None, (2,)))
         (ValueError, "each block once", {"layers": (0, 0)}),
         (TypeError, "block indices", {"layers": (True,)}),
         (TypeError, r"layers: \(0.0,\), wanted block indices, some of \[0, 1\]", {"layers": (0.0,)}),
+        (TypeError, "block indices; choose from a mask", {"layers": torch.tensor([False, True])}),
         (TypeError, "layers: 0, wanted block indices", {"layers": 0}),
         (TypeError, "layers: 'all', wanted block indices", {"layers": "all"}),
         (ValueError, "dtype: 'float64', wanted one of the names 'float32', 'bfloat16'", {"dtype": "float64"}),
@@ -74,6 +76,18 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for buffer in ("text", 5, None, torch.zeros(9), torch.zeros(3, 3, dtype=torch.uint8)):
         with pytest.raises(TypeError, match=r"^buffer: "):
             plan.read(buffer)
+    with pytest.raises(TypeError, match=r"^out: list, wanted a contiguous uint8 tensor"):
+        plan.pack(flat, round=0, num_samples=0, out=[1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^values: list, wanted a torch.Tensor"):
+        plan.scatter_([1.0], flat)  # type: ignore[arg-type]
+    message, sum = plan.pack(flat, round=0, num_samples=0), torch.zeros(plan.numel, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"^sum: list, wanted a torch.Tensor"):
+        plan.add_([1.0], message, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^weight: 'x', wanted a number"):
+        plan.add_(sum, message, "x")  # type: ignore[arg-type]
+    with pytest.raises(WeightError, match=r"^weight: nan"):
+        plan.add_(sum, message, float("nan"))
+    assert not sum.any()
     for values in (torch.zeros(plan.numel + 1), torch.zeros(plan.numel, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"^values: "):
             plan.scatter_(values, flat)
