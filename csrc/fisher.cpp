@@ -219,14 +219,14 @@ void check_tokens(const char* name, const Tensor& tensor, const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> fisher_diag(
     Tensor x, Tensor grad_y, std::optional<Tensor> cu_seqlens, bool weight_grad) {
   const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
+  const int64_t samples = static_cast<int64_t>(bounds.size()) - 1;
   check_tokens("grad_y", grad_y, x);
   x = torch::stable::contiguous(x);
   grad_y = torch::stable::contiguous(grad_y);
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
   Fisher result =
-      fisher(
-      x, matrices, bounds, weight_grad, nullptr, {static_cast<int64_t>(bounds.size()) - 1}, {out.features, in.features});
+      fisher(x, matrices, bounds, weight_grad, nullptr, {samples}, {out.features, in.features});
   return {result.scores, result.diag, result.weight_grad};
 }
 

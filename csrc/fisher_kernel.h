@@ -37,7 +37,8 @@ static void load_row(const Operand& from, int64_t element, int64_t count, float*
 // tokens x count values from column on, in scratch: as float32 or as pairs of bfloat16 of two tokens; row stride
 // `width`, the rest of a row zero.
 static void load(
-    bool as_pairs, const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width, float* scratch) {
+    bool as_pairs, const Operand& from, int64_t token, int64_t tokens, int64_t column, int64_t count, int64_t width,
+    float* scratch) {
 #if FIBECFED_BF16
   if (as_pairs) return load_pairs(from, token, tokens, column, count, width, scratch);
 #endif
@@ -88,9 +89,9 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
   }
 }
 
-// diag += product squared, weight_grad += weight * product; returns the sum of the squares, added in an order of its own.
-static double add_squares(
-    const Task& task, const float* product, float weight, float* diag, float* weight_grad) {
+// diag += product squared, weight_grad += weight * product; returns the sum of the squares, added in an order of its
+// own.
+static double add_squares(const Task& task, const float* product, float weight, float* diag, float* weight_grad) {
   const int64_t columns = task.columns;
   double total = 0.0;
   for (int64_t i = 0; i < task.rows; ++i) {

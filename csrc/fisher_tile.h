@@ -52,7 +52,7 @@ static inline __attribute__((always_inline)) Vector read(const Float16* from) {
 #endif
 #endif
 
-// product (kRows x kVectors registers, row stride product_stride) = or += thin[t, row] * wide[t, column] summed over the
+// product (kRows x kVectors registers, row stride product_stride) = or += thin[t, row] * wide[t, column] over the
 // tokens.
 template <class Element, int rows, int vectors>
 static void register_tile(
