@@ -133,8 +133,10 @@ class Comparison:
 
 
 def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """max |found − truth| / max |truth|, the largest over several tensors; ``truth`` is float64."""
-    return max(
-        float((f.detach().cpu().double() - t.cpu()).abs().max() / t.abs().max().cpu().clamp_min(1e-300))
+    """max |found − truth| / max |truth|, the largest over several tensors; ``truth`` is float64. NaN where anything
+    found is NaN: it is below no tolerance."""
+    errors = [
+        (f.detach().cpu().double() - t.cpu()).abs().max() / t.abs().max().cpu().clamp_min(1e-300)
         for f, t in zip(found, truth, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())  # torch's max keeps a NaN, Python's may drop it

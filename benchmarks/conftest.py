@@ -22,12 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=3.0, help="time for the rounds of one table and one mode")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Asked for a GPU where there is none, nothing would be measured: that is an error, not a skip."""
+    if config.getoption("--on") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--on cuda: torch finds no CUDA device here")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    name = request.config.getoption("--on")
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(name)
+    return torch.device(request.config.getoption("--on"))
 
 
 @pytest.fixture(scope="session")

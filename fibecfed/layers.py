@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .losses import wide
+
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a model in order: the elements of the one outermost nn.ModuleList with parameters.
@@ -70,7 +72,7 @@ def sensitivity(
     real = _real_positions(batch)
     embeddings = cast(Any, model).get_input_embeddings()
     with evaluating(model):
-        grad = _wide(_embedding_grad(model, embeddings, batch)).masked_fill(~real[..., None], 0.0)
+        grad = wide(_embedding_grad(model, embeddings, batch)).masked_fill(~real[..., None], 0.0)
         noise = perturbation(grad, norm, gamma)
         values = _relative_changes(model, embeddings, [blocks[l] for l in chosen], batch, real, noise)
     result = values.mean(dim=1).cpu()
@@ -187,7 +189,7 @@ def _relative_changes(
         if hidden.shape[:2] != (2 * samples, real.shape[1]):
             raise ValueError(f"model: a block's output is {tuple(hidden.shape)}, wanted (N, T, …) as input_ids")
         # masked_fill, not a product: where nothing can be attended to, a padded position may be NaN
-        clean, noisy = (_wide(half).masked_fill(padding, 0.0).flatten(1) for half in hidden.chunk(2))
+        clean, noisy = (wide(half).masked_fill(padding, 0.0).flatten(1) for half in hidden.chunk(2))
         size = torch.linalg.vector_norm(clean, dim=1, dtype=torch.float64)
         change = torch.linalg.vector_norm(noisy - clean, dim=1, dtype=torch.float64)
         changes[module].append(torch.where(size == 0.0, 0.0, change / size))
@@ -201,10 +203,6 @@ def _relative_changes(
     for index, values in enumerate(changes.values()):
         _check_once(f"block {index} of those asked for", len(values))
     return torch.stack([values[0] for values in changes.values()])
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check_once(what: str, times: int) -> None:

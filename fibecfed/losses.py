@@ -27,7 +27,7 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
             f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and "
             "integers (N,); pass sample_loss for another task"
         )
-    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+    return F.cross_entropy(wide(logits), labels, reduction="none", ignore_index=IGNORED)
 
 
 def regression_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -44,7 +44,7 @@ def regression_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, k) and floats "
             "(N, k), or (N,) for k = 1"
         )
-    return (logits.float() - labels.float()).square().sum(1) / 2
+    return (wide(logits) - wide(labels)).square().sum(1) / 2
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -72,6 +72,11 @@ class Task(NamedTuple):
     draw: Callable[[nn.Module, Mapping[str, Tensor], Generator | None], Tensor]
 
 
+def wide(values: Tensor) -> Tensor:
+    """At least float32; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
@@ -96,7 +101,7 @@ def _token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
 
 
 def _token_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    losses = F.cross_entropy(wide(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
     return losses.sum(1)
 
 

@@ -117,6 +117,15 @@ def test_a_wrong_provider_gets_a_row_and_no_time(tmp_path: Path, small_limits: N
     ]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_in_any_result_is_below_no_tolerance(place: int) -> None:
+    truth = [torch.ones(3, dtype=torch.float64)] * 2
+    found = [torch.ones(3), torch.ones(3)]
+    assert relative_error(found, truth) == 0.0
+    found[place] = torch.tensor([1.0, float("nan"), 1.0])
+    assert not relative_error(found, truth) <= 1e9
+
+
 FLOATS = ("ms20", "ms50", "ms80", "gbps", "floor_ms", "floor_percent", "bandwidth_gbps", "rate_gflops", "error")
 
 

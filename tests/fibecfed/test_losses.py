@@ -161,3 +161,13 @@ def test_values_are_drawn_with_unit_variance() -> None:
     drawn = TASKS["regression"].draw(Fixed(torch.full((20_000, 1), 3.0)), {}, torch.Generator().manual_seed(0))
     assert float(drawn.mean()) == pytest.approx(3.0, abs=0.03)
     assert float(drawn.std()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "causal_lm", "token_classification"])
+def test_a_double_model_has_a_double_loss_and_a_half_one_a_float_loss(task: str) -> None:
+    shape, labels = {
+        "classification": ((5, 3), torch.arange(5) % 3),
+        "regression": ((5, 3), torch.ones(5, 3)),
+    }.get(task, ((5, 4, 3), torch.arange(20).view(5, 4) % 3))
+    for given, wanted in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        assert TASKS[task].loss(Fixed(torch.randn(shape).to(given)), {"labels": labels}).dtype == wanted
