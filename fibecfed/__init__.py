@@ -1,8 +1,8 @@
 """fibecfed: Fisher-ordered curriculum federated fine-tuning of language models with LoRA, on fibecfed_kernels.
 
 The pieces work on any PEFT model: :class:`FlatAdapter`, :func:`capture_fisher`, :func:`score_samples`,
-:class:`MaskedAdamW`, :class:`MaskedSGD`. :func:`run` is the whole method over simulated devices, :func:`resume` goes on
-with an interrupted run.
+:class:`MaskedAdamW`, :class:`MaskedSGD`, :func:`dp_step`. :func:`run` is the whole method over simulated devices,
+:func:`resume` goes on with an interrupted run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .lora import UnsupportedModuleError
     from .optim import MaskedAdamW, MaskedSGD
+    from .privacy import DpStep, clip_sample_gradients, dp_step
     from .record import RunRecord
     from .scoring import SampleScores, score_samples
     from .simulation import resume, run
 
 __all__ = [
     "BrokenViewsError",
+    "DpStep",
     "FisherCaptureError",
     "FlatAdapter",
     "MaskedAdamW",
@@ -30,6 +32,8 @@ __all__ = [
     "SampleScores",
     "UnsupportedModuleError",
     "capture_fisher",
+    "clip_sample_gradients",
+    "dp_step",
     "resume",
     "run",
     "score_samples",
@@ -41,6 +45,7 @@ _ROOMS = {
     "config": ("RunConfig",),
     "lora": ("UnsupportedModuleError",),
     "optim": ("MaskedAdamW", "MaskedSGD"),
+    "privacy": ("DpStep", "clip_sample_gradients", "dp_step"),
     "record": ("RunRecord",),
     "scoring": ("SampleScores", "score_samples"),
     "simulation": ("resume", "run"),

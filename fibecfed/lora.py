@@ -1,5 +1,5 @@
-"""The LoRA pairs of a PEFT model: finding them all, and refusing by name whatever a Fisher capture does not
-understand."""
+"""The LoRA pairs of a PEFT model, and what else it trains: finding them all, and refusing by name whatever a capture
+does not understand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class UnsupportedModuleError(ValueError):
@@ -47,6 +48,48 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             if other != pair.name:
                 raise UnsupportedModuleError(f"{pair.name}: shares a LoRA weight with {other}")
     return pairs
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLinear:
+    """A linear module outside LoRA, of which the weight, the bias or both are trained: a task head."""
+
+    name: str
+    linear: nn.Linear
+
+
+def trainable_linears(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinear]:
+    """The plain nn.Linear modules with a trainable parameter, besides those of ``pairs``.
+
+    Raises UnsupportedModuleError, naming the parameter, for anything else that is trainable (embeddings, norms, a
+    weight that two modules share), and for a DistributedDataParallel wrapper, whose exchange would be passed by.
+    """
+    wrapper = next((name for name, m in model.named_modules() if isinstance(m, DistributedDataParallel)), None)
+    if wrapper is not None:
+        raise UnsupportedModuleError(
+            f"{wrapper or 'model'}: DistributedDataParallel would not see gradients that are clipped by sample; give "
+            "the module inside it and add up the clipped sums of the ranks"
+        )
+    lora = [linear for pair in pairs for linear in (pair.a, pair.b)]
+    known = {id(linear.weight) for linear in lora}
+    heads = []
+    for path, module in model.named_modules():
+        own = {f"{path}.{name}": p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if not own or any(module is linear for linear in lora):
+            continue
+        name, parameter = next(iter(own.items()))
+        if type(module) is not nn.Linear:
+            raise UnsupportedModuleError(
+                f"{name}: trainable in a {type(module).__name__}, whose gradients of single samples are not "
+                "supported; wanted LoRA and nn.Linear alone: freeze it"
+            )
+        if any(id(p) in known for p in own.values()):
+            raise UnsupportedModuleError(f"{name}: shared with another trainable module")
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModuleError(f"{name} is sharded (a DTensor, as FSDP2 makes them), wanted a whole weight")
+        known.update(map(id, own.values()))
+        heads.append(HeadLinear(path, module))
+    return heads
 
 
 def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:

@@ -149,3 +149,23 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "token_classification": Task(token_classification_loss, draw_token_classes),
     }
 )
+
+
+def task_of(sample_loss: str | SampleLoss) -> Task | SampleLoss:
+    """The task of that name, or the function that was given. Raises ValueError or TypeError for anything else."""
+    if isinstance(sample_loss, str):
+        if sample_loss not in TASKS:
+            raise ValueError(f"sample_loss: {sample_loss!r}, wanted one of {', '.join(TASKS)}, or a function")
+        return TASKS[sample_loss]
+    if not callable(sample_loss):
+        raise TypeError(f"sample_loss: {type(sample_loss).__name__}, wanted a task's name or a function")
+    return sample_loss
+
+
+def own_losses(loss: SampleLoss, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The samples' own losses (N,). Raises ValueError for a function that gives something else."""
+    losses = loss(model, batch)
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"sample_loss: gave {given}, wanted a tensor (N,)")
+    return losses

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import layer_of
 from .capture import capture_fisher
 from .lora import lora_pairs
-from .losses import TASKS, SampleLoss, TaskName
+from .losses import TASKS, SampleLoss, Task, TaskName, own_losses, task_of
 
 
 class SampleScores(NamedTuple):
@@ -100,26 +100,19 @@ def _task(
         raise TypeError(f"draws: {draws!r}, wanted an integer")
     if draws < 1 or (labels == "data" and draws != 1):
         raise ValueError(f"draws: {draws}, wanted ≥ 1, and 1 for labels='data', which are not drawn")
-    if isinstance(sample_loss, str):
-        if sample_loss not in TASKS:
-            raise ValueError(f"sample_loss: {sample_loss!r}, wanted one of {', '.join(TASKS)}, or a function")
-        task = TASKS[sample_loss]
+    task = task_of(sample_loss)
+    if isinstance(task, Task):
         return task.loss, task.draw if labels == "model" else None
-    if not callable(sample_loss):
-        raise TypeError(f"sample_loss: {type(sample_loss).__name__}, wanted a task's name or a function")
     if labels == "model":
         raise ValueError(f"labels: 'model' can be drawn for {', '.join(TASKS)}; sample_loss is a function")
-    return sample_loss, None
+    return task, None
 
 
 def _scored(
     model: nn.Module, batch: Mapping[str, Tensor], loss_of: SampleLoss, weights: list[Tensor]
 ) -> capture_fisher:
     with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
-        losses = loss_of(model, batch)
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"sample_loss: gave {given}, wanted a tensor (N,)")
+        losses = own_losses(loss_of, model, batch)
         # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
         torch.autograd.grad(losses.sum(), weights, allow_unused=True)
     if fisher.scores.shape != losses.shape:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -13,13 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fibecfed import UnsupportedModuleError, capture_fisher
 from tests.fibecfed.test_capture import assert_close, loop_truth, lora_parameters
 from tests.fibecfed.tiny import batch, tiny
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> object:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

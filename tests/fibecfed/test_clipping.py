@@ -1,0 +1,332 @@
+"""clip_sample_gradients against a float64 loop that clips sample by sample, and against Opacus."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fibecfed import FisherCaptureError, FlatAdapter, UnsupportedModuleError, clip_sample_gradients
+from fibecfed.losses import classification_loss
+from tests.fibecfed.test_capture import assert_close
+from tests.fibecfed.tiny import KINDS, batch, fill_b, sample, tiny
+
+NORMS = (1e-3, "median", 1e3)  # all samples are clipped, some, none
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def own_gradients(model: nn.Module, whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Every sample's gradient by all that is trained, float64, one sample at a time."""
+    double = copy.deepcopy(model).double()
+    parameters = trained(double)
+    gradients = []
+    for n in range(len(whole["labels"])):
+        found = torch.autograd.grad(double(**sample(whole, n)).loss, list(parameters.values()))
+        gradients.append(dict(zip(parameters, found, strict=True)))
+    return gradients
+
+
+def squared_norms(gradients: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([sum(g.square().sum() for g in own.values()) for own in gradients])
+
+
+def clipped_sum(gradients: list[dict[str, Tensor]], max_norm: float) -> dict[str, Tensor]:
+    factors = (max_norm / squared_norms(gradients).sqrt()).clamp(max=1)
+    return {name: sum(f * own[name] for f, own in zip(factors, gradients, strict=True)) for name in gradients[0]}
+
+
+def norm_of(which: float | str, gradients: list[dict[str, Tensor]]) -> float:
+    return float(squared_norms(gradients).sqrt().median()) if which == "median" else float(which)
+
+
+def frozen_head(model: nn.Module) -> nn.Module:
+    for name, p in trained(model).items():
+        p.requires_grad_("lora_" in name)
+    return model
+
+
+def frozen_head_weight(model: nn.Module) -> nn.Module:
+    for name, p in trained(model).items():
+        p.requires_grad_("lora_" in name or name.endswith("bias"))
+    return model
+
+
+@pytest.mark.parametrize("which", NORMS)
+@pytest.mark.parametrize("change", [lambda model: model, frozen_head, frozen_head_weight], ids=["all", "lora", "bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_clipped_sum_is_that_of_the_batch_of_one_loop(
+    kind: str, change: Callable[[nn.Module], nn.Module], which: float | str
+) -> None:
+    model, whole = change(tiny(kind)), batch()
+    gradients = own_gradients(model, whole)
+    max_norm = norm_of(which, gradients)
+    with clip_sample_gradients(model, max_norm) as clipped:
+        model(**whole).loss.backward()
+    norms = squared_norms(gradients)
+    assert_close(clipped.scores, norms)
+    assert_close(clipped.factors, (max_norm / norms.sqrt()).clamp(max=1), 1e-5)
+    truth = clipped_sum(gradients, max_norm)
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in truth)
+        if p.grad is not None:
+            assert_close(p.grad, truth[name], 1e-5)
+
+
+def opacus_by_hooks(model: nn.Module, whole: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(list(trained(model).values()), lr=0.0),
+        noise_multiplier=0.0,
+        max_grad_norm=max_norm,
+        expected_batch_size=1,
+        loss_reduction="sum",
+    )
+    logits = wrapped(**{k: v for k, v in whole.items() if k != "labels"}).logits
+    nn.functional.cross_entropy(logits, whole["labels"], reduction="sum").backward()
+    optimizer.pre_step()
+    return {name: p.grad for name, p in trained(model).items() if p.grad is not None}
+
+
+def opacus_ghost(model: nn.Module, whole: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, loss_reduction="sum", max_grad_norm=max_norm, use_ghost_clipping=True
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(list(trained(model).values()), lr=0.0),
+        noise_multiplier=0.0,
+        max_grad_norm=max_norm,
+        expected_batch_size=1,
+        loss_reduction="sum",
+    )
+    criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+    logits = wrapped(**{k: v for k, v in whole.items() if k != "labels"}).logits
+    criterion(logits, whole["labels"]).backward()
+    return {name: p.grad for name, p in trained(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("which", NORMS)
+@pytest.mark.parametrize("peer", [opacus_by_hooks, opacus_ghost])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_clipped_sum_is_that_of_opacus(
+    kind: str, peer: Callable[[nn.Module, dict[str, Tensor], float], dict[str, Tensor]], which: float | str
+) -> None:
+    model, whole = tiny(kind), batch()
+    max_norm = norm_of(which, own_gradients(model, whole))
+    theirs = peer(copy.deepcopy(model).train(), whole, max_norm)  # Opacus records in training mode alone
+    with clip_sample_gradients(model, max_norm):
+        model(**whole).loss.backward()
+    assert theirs.keys() == trained(model).keys()
+    for name, p in trained(model).items():
+        assert p.grad is not None
+        assert_close(p.grad, theirs[name].double(), 1e-5)
+
+
+def test_a_sum_a_scaled_loss_and_accumulation_give_the_same_clipped_sum() -> None:
+    model, whole = tiny(), batch()
+    with clip_sample_gradients(model, 0.5) as mean:
+        model(**whole).loss.backward()
+    first = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+    with clip_sample_gradients(model, 0.5, "sum", loss_scale=1024.0) as total:
+        logits = model(**{k: v for k, v in whole.items() if k != "labels"}).logits
+        (1024 * nn.functional.cross_entropy(logits, whole["labels"], reduction="sum")).backward()
+    assert_close(total.scores, mean.scores.double())
+    for name, p in trained(model).items():
+        assert p.grad is not None
+        assert_close(p.grad, 2 * first[name].double(), 1e-5)  # added to what the first block left
+
+
+def test_gradients_stay_views_of_a_flat_adapter() -> None:
+    model, whole = tiny(), batch()
+    truth = clipped_sum(own_gradients(model, whole), 0.5)
+    flat = FlatAdapter(model)
+    with clip_sample_gradients(model, 0.5):
+        model(**whole).loss.backward()
+    flat.check()
+    for entry, p in flat.named_views():
+        assert p.grad is not None
+        assert_close(p.grad, truth[entry.name], 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_and_dropout(reentrant: bool) -> None:
+    """Clipped at a norm that no sample reaches, the sum is the ordinary gradient of the pass that was run."""
+    model, whole = tiny(dropout=0.2, lora_dropout=0.2).train(), batch()
+    torch.manual_seed(7)
+    model(**whole).loss.backward()
+    plain = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+    model.zero_grad()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(7)
+    with clip_sample_gradients(model, 1e4):
+        model(**whole).loss.backward()
+    for name, p in trained(model).items():
+        assert p.grad is not None
+        assert_close(p.grad, plain[name].double() * len(whole["labels"]), 1e-4)
+
+
+def test_autocast_clips_what_autocast_computes() -> None:
+    model, whole = tiny(), batch()
+    gradients = own_gradients(model, whole)
+    truth = clipped_sum(gradients, norm_of("median", gradients))
+    with clip_sample_gradients(model, norm_of("median", gradients)), torch.autocast("cpu", torch.bfloat16):
+        model(**whole).loss.backward()
+    for name, p in trained(model).items():
+        assert p.grad is not None
+        assert p.grad.dtype == torch.float32
+        assert_close(p.grad, truth[name], 0.1)
+
+
+class Packed(nn.Module):
+    """A classifier over packed tokens (1, total, d): LoRA and a head on tokens, then a head on sums of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, segments: Tensor) -> Tensor:
+        y = torch.tanh(self.second(torch.tanh(self.first(x)))).squeeze(0)
+        pooled = torch.zeros(int(segments.max()) + 1, 5).index_add(0, segments, y)
+        return self.third(pooled).square().sum(1)
+
+
+def test_packed_batches_with_heads_on_tokens_and_on_samples() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Packed(), LoraConfig(r=2, target_modules=["first"], modules_to_save=["second", "third"]))
+    fill_b(model)
+    x, lengths = torch.randn(1, 10, 6), [3, 5, 2]
+    segments = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    gradients = []
+    for n in range(3):
+        own = model(x[:, segments == n], torch.zeros(lengths[n], dtype=torch.long)).sum()
+        found = torch.autograd.grad(own, list(trained(model).values()))
+        gradients.append(dict(zip(trained(model), (g.double() for g in found), strict=True)))
+    max_norm = norm_of("median", gradients)
+    cu_seqlens = torch.tensor([0, 3, 8, 10], dtype=torch.int32)
+    with clip_sample_gradients(model, max_norm, "sum", cu_seqlens=cu_seqlens) as clipped:
+        model(x, segments).sum().backward()
+    assert_close(clipped.scores, squared_norms(gradients))
+    assert len(gradients[0]) == 6
+    for name, value in clipped_sum(gradients, max_norm).items():
+        grad = trained(model)[name].grad
+        assert grad is not None
+        assert_close(grad, value, 1e-5)
+
+
+def trainable_norm() -> nn.Module:
+    model = tiny()
+    model.base_model.model.bert.encoder.layer[1].output.LayerNorm.weight.requires_grad_(True)
+    return model
+
+
+def trainable_embedding() -> nn.Module:
+    model = tiny()
+    model.base_model.model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
+    return model
+
+
+def shared_head() -> nn.Module:
+    model = tiny()
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    other = nn.Linear(head.in_features, head.out_features)
+    other.weight = head.weight
+    model.base_model.model.other = other
+    return model
+
+
+def mixing() -> nn.Module:
+    model = tiny()
+    model.base_model.model.norm = nn.BatchNorm1d(3, affine=False)
+    return model
+
+
+def lone_parameter() -> nn.Module:
+    model = tiny()
+    model.base_model.model.prompt = nn.Parameter(torch.zeros(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (trainable_norm, r"layer\.1\.output\.LayerNorm\.weight: trainable in a LayerNorm"),
+        (trainable_embedding, r"word_embeddings\.weight: trainable in a Embedding"),
+        (shared_head, r"other\.weight: shared with another trainable module"),
+        (mixing, r"norm: BatchNorm in training"),
+        (lone_parameter, r"prompt: trainable in a BertForSequenceClassification"),
+    ],
+)
+def test_what_cannot_be_clipped_is_refused_by_name(make: Callable[[], nn.Module], wanted: str) -> None:
+    model = make()
+    with pytest.raises(UnsupportedModuleError, match=wanted):
+        clip_sample_gradients(model, 1.0).__enter__()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel_is_refused() -> None:
+    with pytest.raises(UnsupportedModuleError, match="DistributedDataParallel"):
+        clip_sample_gradients(DistributedDataParallel(tiny()), 1.0).__enter__()
+
+
+def test_a_head_without_a_backward_or_used_twice_is_refused_by_name() -> None:
+    model, whole = tiny(), batch()
+    model.base_model.model.spare = nn.Linear(2, 2)
+    with (
+        pytest.raises(FisherCaptureError, match=r"1 of 2 trainable linear modules had no backward.*\.spare"),
+        clip_sample_gradients(model, 1.0),
+    ):
+        model(**whole).loss.backward()
+    del model.base_model.model.spare
+    head = model.base_model.model.classifier
+    pooled = torch.randn(5, head.in_features)
+    with (
+        pytest.raises(FisherCaptureError, match=r"classifier.*seen twice"),
+        clip_sample_gradients(model, 1.0),
+    ):
+        (model(**whole).loss + head(pooled).sum()).backward()
+    assert all(p.grad is None for p in trained(model).values())
+
+
+def test_a_gradient_that_is_not_finite_is_refused_with_its_sample() -> None:
+    model, whole = tiny(), batch()
+    weight = torch.tensor([1.0, 1.0, float("inf"), 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"sample 2 of the batch: not finite"), clip_sample_gradients(model, 1.0):
+        (weight * classification_loss(model, whole)).sum().backward()
+    assert all(p.grad is None for p in trained(model).values())
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_norm_that_is_no_positive_number_is_refused(max_norm: float) -> None:
+    with pytest.raises(ValueError, match="max_norm"):
+        clip_sample_gradients(tiny(), max_norm)
+
+
+def test_results_are_refused_before_the_end_and_after_an_error() -> None:
+    model, whole = tiny(), batch()
+    clipped = clip_sample_gradients(model, 1.0)
+    for name in ("scores", "factors"):
+        with pytest.raises(FisherCaptureError, match=f"{name}: not there yet"):
+            getattr(clipped, name)
+
+    def fail() -> None:
+        with clipped:
+            model(**whole).loss.backward()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert not clipped._kept
+    assert all(p.grad is None for p in trained(model).values())
