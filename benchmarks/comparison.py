@@ -59,7 +59,10 @@ class Comparison:
             median = {name: quantile(values, 0.5) for name, values in times.items()}
             for name in providers:
                 rows.append(self._row(work, name, mode, times.get(name), limits, median, errors[name], tolerance))
-        rows = [self._with_costs(row, right[row.provider].call) if row.provider in right else row for row in rows]
+        rows = [
+            self._with_costs(row, right[row.provider].call) if row.provider in right and row.mode == modes[0] else row
+            for row in rows
+        ]
         results.append(rows, self.path)
         self.pytest_benchmark.group = work.benchmark
         self.pytest_benchmark.extra_info.update({f"{row.provider}, {row.mode}: ms": row.ms50 for row in rows})
@@ -122,8 +125,6 @@ class Comparison:
 
     def _with_costs(self, row: Row, call: Call) -> Row:
         """Launches, host time and memory, measured once, outside the timed rounds."""
-        if row.mode == "warm":
-            return row
         costs = {
             "launches": launches(call, self.device),
             "host_us": host_microseconds(call, self.device),

@@ -1,60 +1,22 @@
-"""Scoring a data set, and a training step with and without the capture: MiniLM on the demo's film reviews."""
+"""Scoring a data set, and a training step with and without the capture."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fibecfed import capture_fisher, score_samples
-from fibecfed.batches import Encoded, batches, collate, encode, length_buckets
-from fibecfed.config import load_config
-from fibecfed.federation import load_base, load_data
+from fibecfed.batches import length_buckets
 from fibecfed.losses import classification_loss
 
 from .comparison import Comparison, Provider, Work, relative_error
+from .minilm import BATCH, SAMPLES, Batch, Job, job
 
-SAMPLES, BATCH, STEP = 256, 32, 32
 TOLERANCE = 1e-3  # bf16 autocast is not held to it: its rank correlation stands in the provider's name
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The demo's model with an adapter that has left zero, and some of its samples."""
-
-    model: nn.Module
-    data: Encoded
-    device: torch.device
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        return {key: value.to(self.device) for key, value in collate(self.data, indices).items()}
-
-    @property
-    def arrival(self) -> list[Batch]:
-        return [self.batch(part) for part in batches(np.arange(SAMPLES), BATCH)]
-
-    @property
-    def lora(self) -> list[nn.Parameter]:
-        return [p for name, p in self.model.named_parameters() if "lora_" in name]
-
-
-@cache
-def job(device: torch.device) -> Job:
-    config = load_config(None, [f"device={device.type}", f"data.max_train={SAMPLES}"])
-    task = load_data(config)
-    loaded = load_base(config, len(task.classes))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in loaded.model.named_parameters():
-            if "lora_B" in name:  # with B = 0 half of every gradient is zero
-                parameter.normal_(std=0.02)
-    return Job(loaded.model.eval(), encode(task.train, loaded.tokenizer, config.data.max_tokens), device)
 
 
 def loop(of: Job) -> Tensor:
@@ -104,17 +66,15 @@ def test_score_samples(compare: Comparison, device: torch.device) -> None:
         "batch-of-1 loop": Provider(lambda: loop(of), error),
         "forward + backward alone, arrival order": Provider(lambda: plain(of, of.arrival)),
     }
-    read = sum(p.numel() * p.element_size() for p in of.model.parameters())
-    tokens = int(of.data.lengths[:SAMPLES].sum())
-    body = sum(m.weight.numel() for m in of.model.modules() if isinstance(m, nn.Linear))
-    work = Work("scoring", f"MiniLM r=8, {SAMPLES} film reviews", torch.float32, read, 4 * tokens * body)
+    flop = of.flop(int(of.data.lengths[:SAMPLES].sum()))
+    work = Work("scoring", f"MiniLM r=8, {SAMPLES} film reviews", torch.float32, of.bytes, flop)
     compare(work, providers, TOLERANCE, modes=("cold",))
 
 
 def test_training_step(compare: Comparison, device: torch.device) -> None:
     """Forward and backward of one batch; with the capture, scores and diagonal come out of the same backward."""
     of = job(device)
-    batch = of.batch(length_buckets(of.data, STEP).batches[SAMPLES // STEP // 2])
+    batch = of.middle
 
     def step() -> None:
         of.model.zero_grad()
@@ -126,8 +86,6 @@ def test_training_step(compare: Comparison, device: torch.device) -> None:
             classification_loss(of.model, batch).mean().backward()
 
     calls: dict[str, Callable[[], None]] = {"fibecfed": captured, "the same step without capture": step}
-    read = sum(p.numel() * p.element_size() for p in of.model.parameters())
-    tokens = int(batch["attention_mask"].sum())
-    body = sum(m.weight.numel() for m in of.model.modules() if isinstance(m, nn.Linear))
-    work = Work("training step", f"MiniLM r=8, N={STEP}", torch.float32, read, 4 * tokens * body)
+    flop = of.flop(int(batch["attention_mask"].sum()))
+    work = Work("training step", f"MiniLM r=8, N={BATCH}", torch.float32, of.bytes, flop)
     compare(work, {name: Provider(call) for name, call in calls.items()}, 0.0, modes=("warm",))
