@@ -19,15 +19,16 @@ from .tables import table
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
 SEEDS = ROOT / "benchmarks" / "results" / "seeds"
-BENCHMARKS = {  # name of the place: benchmark, mode
-    "fisher": ("fisher", "cold"),
-    "packed": ("fisher: packed", "cold"),
-    "scoring": ("scoring", "cold"),
-    "step": ("training step", "warm"),
-    "update": ("update", "cold"),
-    "pack": ("wire: pack", "cold"),
-    "load": ("wire: load", "cold"),
-    "aggregate": ("wire: aggregate", "cold"),
+BENCHMARKS = {  # name of the place: benchmark, mode, with memory
+    "fisher": ("fisher", "cold", False),
+    "packed": ("fisher: packed", "cold", False),
+    "scoring": ("scoring", "cold", True),
+    "step": ("training step", "warm", True),
+    "clipping": ("clipped sum", "warm", True),
+    "update": ("update", "cold", False),
+    "pack": ("wire: pack", "cold", False),
+    "load": ("wire: load", "cold", False),
+    "aggregate": ("wire: aggregate", "cold", False),
 }
 MARKED = re.compile(
     r"<!-- (?P<name>[a-z]+): python -m benchmarks\.readme -->\n(?P<old>.*?)<!-- /(?P=name) -->", re.DOTALL
@@ -92,7 +93,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": demo_table(read_record(DEMO)),
         "seeds": seeds_table(seeds),
-        **{name: table(rows, benchmark, mode) for name, (benchmark, mode) in BENCHMARKS.items()},
+        **{name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()},
     }
 
 

@@ -12,21 +12,22 @@ T = TypeVar("T")
 OURS = ("fibecfed", "fibecfed float32")  # the provider that ratios are to; the first that is there
 
 
-def table(rows: Iterable[Row], benchmark: str, mode: str = "cold") -> str:
-    """The last run of a benchmark on each device, a line a shape and dtype.
+def table(rows: Iterable[Row], benchmark: str, mode: str = "cold", memory: bool = False) -> str:
+    """The last run of a benchmark on each device, a line a shape and dtype; with ``memory`` another one for the memory
+    that was needed at the peak.
 
-    The others' columns are their time over ours: above 1 they are slower, below 1 faster. "wrong": its result was not
-    right, so it has no time. Raises ValueError when there is no row, or none of ours.
+    The others' columns are their time (or memory) over ours: above 1 they are slower, below 1 faster. "wrong": its
+    result was not right, so it has no time. Raises ValueError when there is no row, or none of ours.
     """
     of = [row for row in latest(rows, benchmark) if row.mode == mode]
     if not of:
         raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
     return "\n\n".join(
-        _of_device([row for row in of if row.device == device]) for device in _unique(r.device for r in of)
+        _of_device([row for row in of if row.device == device], memory) for device in _unique(r.device for r in of)
     )
 
 
-def _of_device(rows: Sequence[Row]) -> str:
+def _of_device(rows: Sequence[Row], memory: bool) -> str:
     providers = _unique(row.provider for row in rows)
     ours = next((name for name in OURS if name in providers), None)
     if ours is None:
@@ -44,7 +45,11 @@ def _of_device(rows: Sequence[Row]) -> str:
         own = found[ours]
         share = "–" if own.floor_percent is None else f"{own.floor_percent:.0f} ({own.limit})"
         cells = [shape, dtype, "wrong" if own.ms50 is None else _number(own.ms50), share]
-        lines.append(f"| {' | '.join([*cells, *(_ratio(found.get(name), own) for name in others)])} |")
+        theirs = [found.get(name) for name in others]
+        lines.append(f"| {' | '.join([*cells, *(_ratio(row, own) for row in theirs)])} |")
+        if memory and own.peak_bytes:
+            cells = [shape, "memory at the peak", f"{own.peak_bytes / 1e6:.1f} MB", ""]
+            lines.append(f"| {' | '.join([*cells, *(_memory(row, own.peak_bytes) for row in theirs)])} |")
     return "\n".join(lines)
 
 
@@ -56,6 +61,10 @@ def _ratio(other: Row | None, own: Row) -> str:
     if other is None or own.ms50 is None:
         return ""
     return "wrong" if other.ms50 is None else f"{other.ms50 / own.ms50:.2f}"
+
+
+def _memory(other: Row | None, own: int) -> str:
+    return "" if other is None or other.peak_bytes is None else f"{other.peak_bytes / own:.3f}"
 
 
 def _unique(values: Iterable[T]) -> list[T]:

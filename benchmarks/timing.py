@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from itertools import accumulate
 from time import perf_counter_ns
 
 import torch
@@ -13,7 +11,6 @@ import torch
 Call = Callable[[], object]
 
 FLUSH_BYTES = 1 << 28  # more than any cache holds
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Rounds:
@@ -83,10 +80,10 @@ def launches(call: Call, device: torch.device) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Memory that a call needed at its peak beyond what was there before, its results included.
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Memory that torch's allocator held for a call at its peak beyond what it held before, results included.
 
-    CPU: resident memory as Linux counts it, so that scratch of C++ bodies counts too; None where that cannot be had.
+    What libraries allocate on their own (oneDNN's scratch) is not seen. Exact: the same call gives the same number.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -95,18 +92,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux") or not _CLEAR.exists():
-        return None
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps from before would hide what is taken now
-        _CLEAR.write_text("5")  # the peak starts again from here
-    except (AttributeError, OSError):
-        return None
-    before = _resident("VmRSS")
-    call()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
+    call()  # what is allocated once and kept is not the call's
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(changes, initial=0))
