@@ -16,6 +16,11 @@ namespace fibecfed {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Through the dispatcher only where it is needed: the call costs as much as a small product.
+inline Tensor contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Waking threads costs microseconds on an idle machine and near a millisecond beside a busy neighbour.
 constexpr int64_t kSerialBytes = int64_t{1} << 20;
 

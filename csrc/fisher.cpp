@@ -7,6 +7,7 @@
 #include "simd.h"
 #include "common.h"
 
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -85,7 +86,7 @@ std::vector<int64_t> sample_bounds(const Tensor& x, const std::optional<Tensor>&
   STD_TORCH_CHECK(
       cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && cu_seqlens->scalar_type() == ScalarType::Int,
       "cu_seqlens: wanted int32 (N+1,)");
-  const Tensor offsets = torch::stable::contiguous(*cu_seqlens);
+  const Tensor offsets = fibecfed::contiguous(*cu_seqlens);
   const int32_t* values = offsets.const_data_ptr<int32_t>();
   bounds.assign(values, values + offsets.numel());
   bool good = bounds.front() == 0 && bounds.back() == x.size(0);
@@ -102,6 +103,7 @@ struct Shape {
 // as a few long streams, which the processor foresees; P is then as large as the cache allows. With many rows the
 // registers' tiles are used again and again, and both operands should stay in the cache. Found by measuring.
 Shape shape_of(int64_t rows, Dtype dtype) {
+  if (getenv("FS")) return {atoi(getenv("FS")), atoi(getenv("FC"))};
   if (rows <= 8) return {512, dtype == Dtype::float32 ? 8 : 16};
   if (rows <= 16) return {1024, 16};
   return {192, kMostChunk};
@@ -171,9 +173,11 @@ Fisher fisher(
   float* grad = weight_grad ? result.weight_grad.mutable_data_ptr<float>() : nullptr;
 
   // Group 0 writes to the result, the others to their own copy, which is added in order below.
-  const std::unique_ptr<float[]> copies(groups > 1 ? new float[(groups - 1) * numel * (weight_grad ? 2 : 1)] : nullptr);
-  const auto group_diag = [&](int64_t g) { return g == 0 ? diag : copies.get() + (g - 1) * numel; };
-  const auto group_grad = [&](int64_t g) { return g == 0 ? grad : copies.get() + (groups - 1 + g - 1) * numel; };
+  const std::optional<Tensor> copies =
+      groups > 1 ? std::optional(empty({(groups - 1) * numel * (weight_grad ? 2 : 1)})) : std::nullopt;
+  float* const copy = copies ? copies->mutable_data_ptr<float>() : nullptr;
+  const auto group_diag = [&](int64_t g) { return g == 0 ? diag : copy + (g - 1) * numel; };
+  const auto group_grad = [&](int64_t g) { return g == 0 ? grad : copy + (groups - 1 + g - 1) * numel; };
   const std::unique_ptr<double[]> parts(new double[samples * score_parts]);
 
   const auto run = FIBECFED_BEST(run_task);
@@ -221,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> fisher_diag(
   const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1;
   check_tokens("grad_y", grad_y, x);
-  x = torch::stable::contiguous(x);
-  grad_y = torch::stable::contiguous(grad_y);
+  x = fibecfed::contiguous(x);
+  grad_y = fibecfed::contiguous(grad_y);
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
   Fisher result =
@@ -237,9 +241,9 @@ Tensor weighted_grad(Tensor x, Tensor grad_y, Tensor weights, std::optional<Tens
   STD_TORCH_CHECK(
       weights.dim() == 1 && weights.numel() == samples && weights.scalar_type() == ScalarType::Float,
       "weights: wanted float32 (", samples, ",)");
-  x = torch::stable::contiguous(x);
-  grad_y = torch::stable::contiguous(grad_y);
-  weights = torch::stable::contiguous(weights);
+  x = fibecfed::contiguous(x);
+  grad_y = fibecfed::contiguous(grad_y);
+  weights = fibecfed::contiguous(weights);
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
   return fisher(x, matrices, bounds, true, weights.const_data_ptr<float>(), {samples}, {out.features, in.features})
@@ -252,16 +256,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
   const std::vector<int64_t> bounds = sample_bounds(x, cu_seqlens);
   STD_TORCH_CHECK(
       h.size() == grad_h.size() && h.size() == grad_y.size(), "h, grad_h, grad_y: wanted lists of equal length");
-  x = torch::stable::contiguous(x);
+  x = fibecfed::contiguous(x);
   std::vector<Matrix> matrices;
   int64_t offset = 0;
   for (size_t m = 0; m < h.size(); ++m) {
     check_tokens("h", h[m], x);
     check_tokens("grad_h", grad_h[m], x);
     check_tokens("grad_y", grad_y[m], x);
-    h[m] = torch::stable::contiguous(h[m]);
-    grad_h[m] = torch::stable::contiguous(grad_h[m]);
-    grad_y[m] = torch::stable::contiguous(grad_y[m]);
+    h[m] = fibecfed::contiguous(h[m]);
+    grad_h[m] = fibecfed::contiguous(grad_h[m]);
+    grad_y[m] = fibecfed::contiguous(grad_y[m]);
     const Operand in = operand(x), low = operand(h[m]), low_grad = operand(grad_h[m]), out = operand(grad_y[m]);
     STD_TORCH_CHECK(low.features == low_grad.features, "h: wanted the shape of grad_h");
     matrices.push_back(matrix(in, low_grad, offset));

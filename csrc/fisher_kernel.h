@@ -60,6 +60,12 @@ static const void* address(const Operand& of, int64_t token, int64_t column) {
   return static_cast<const char*>(of.data) + (token * of.features + column) * size;
 }
 
+static Ahead strip_ahead(const Task& task, int64_t token) {
+  const int64_t size = task.wide.dtype == Dtype::float32 ? 4 : 2;
+  const char* row = static_cast<const char*>(address(task.wide, token, task.column));
+  return {row, row, task.columns * size, task.columns * size, task.wide.features * size};
+}
+
 // product (rows, strip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
 // columns.
 static void sample_product(const Task& task, int64_t begin, int64_t end, const Scratch& scratch) {
@@ -71,6 +77,7 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
     const int64_t tokens = end - token < task.chunk ? end - token : task.chunk;
     if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
+    Ahead ahead = strip_ahead(task, token + tokens), none{};
     for (int64_t column = 0; column < task.columns; column += tile_width) {
       const int64_t left = task.columns - column;
       const int64_t count = left < tile_width ? left : tile_width;
@@ -83,7 +90,7 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
         tile_of(as_pairs, in_place, task.wide.dtype, rows, vectors)(
             tokens, thin + row, thin_stride, wide, in_place ? task.wide.features : width,
-            scratch.product + row * task.strip + column, task.strip, token == begin);
+            scratch.product + row * task.strip + column, task.strip, token == begin, row == 0 ? &ahead : &none);
       }
     }
   }

@@ -33,7 +33,7 @@ static void load_pairs(
 template <bool packed, int rows, int vectors>
 static void pair_tile(
     int64_t tokens, const float* thin, int64_t thin_stride, const void* wide, int64_t wide_stride, float* product,
-    int64_t product_stride, bool first) {
+    int64_t product_stride, bool first, Ahead* next) {
   const Word* pairs = reinterpret_cast<const Word*>(thin);
   const Word* words = static_cast<const Word*>(wide);
   const uint16_t* values = static_cast<const uint16_t*>(wide);
@@ -43,6 +43,7 @@ static void pair_tile(
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[i][v] = _mm512_setzero_ps();
   }
+  Ahead ahead = *next;
   for (int64_t t = 0; t < tokens; t += 2) {
     __m512i w[vectors];
 #pragma GCC unroll 8
@@ -51,10 +52,9 @@ static void pair_tile(
         w[v] = _mm512_loadu_si512(words + v * kLanes);
       } else {
         w[v] = pairs_of(values + v * kLanes, t + 1 < tokens ? values + wide_stride + v * kLanes : nullptr);
-        __builtin_prefetch(values + kAhead * wide_stride + v * kLanes);
-        __builtin_prefetch(values + (kAhead + 1) * wide_stride + v * kLanes);
       }
     }
+    if (ahead.at != nullptr) fetch(ahead, 4 * vectors * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const __m512i pair = _mm512_set1_epi32(static_cast<int>(pairs[i]));
@@ -67,6 +67,7 @@ static void pair_tile(
     words += wide_stride;
     values += 2 * wide_stride;
   }
+  *next = ahead;
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8

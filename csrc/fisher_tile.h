@@ -2,9 +2,28 @@
 
 // Accumulators of a register tile: kRows x kVectors registers, as many as leave room for the operands.
 constexpr int kRows = FIBECFED_LANES == 16 ? 8 : 4;
-constexpr int kVectors = 3;
+constexpr int kVectors = FIBECFED_LANES == 16 ? 2 : 3;
 constexpr int kLanes = FIBECFED_LANES;
-constexpr int kAhead = 16;  // tokens: their rows of the wide operand lie too far apart for the processor to foresee
+
+// The part of the wide operand that the next chunk of tokens will read, fetched into the second-level cache, in the
+// order in which it lies in memory, while this chunk is computed. Rows of a strip lie too far apart for the processor
+// to foresee, and fetching into the first level can only keep a few lines on their way.
+struct Ahead {
+  const char *at, *row;
+  int64_t left, row_bytes, stride;
+};
+
+static inline __attribute__((always_inline)) void fetch(Ahead& ahead, int bytes) {
+#pragma GCC unroll 8
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead.at + i, 0, 2);
+  ahead.at += bytes;
+  ahead.left -= bytes;
+  if (ahead.left <= 0) {
+    ahead.row += ahead.stride;
+    ahead.at = ahead.row;
+    ahead.left = ahead.row_bytes;
+  }
+}
 
 typedef float Vector __attribute__((vector_size(4 * FIBECFED_LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * FIBECFED_LANES), aligned(4), may_alias));
@@ -57,16 +76,15 @@ static inline __attribute__((always_inline)) Vector read(const Float16* from) {
 template <class Element, int rows, int vectors>
 static void register_tile(
     int64_t tokens, const float* thin, int64_t thin_stride, const void* first_wide, int64_t wide_stride, float* product,
-    int64_t product_stride, bool first) {
+    int64_t product_stride, bool first, Ahead* next) {
   const Element* wide = static_cast<const Element*>(first_wide);
   Vector sum[rows][vectors] = {};
+  Ahead ahead = *next;
   for (int64_t t = 0; t < tokens; ++t) {
     Vector w[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      w[v] = read(wide + v * kLanes);
-      __builtin_prefetch(wide + kAhead * wide_stride + v * kLanes);
-    }
+    for (int v = 0; v < vectors; ++v) w[v] = read(wide + v * kLanes);
+    if (ahead.at != nullptr) fetch(ahead, vectors * kLanes * static_cast<int>(sizeof(Element)));
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
@@ -75,6 +93,7 @@ static void register_tile(
     thin += thin_stride;
     wide += wide_stride;
   }
+  *next = ahead;
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
@@ -85,7 +104,7 @@ static void register_tile(
   }
 }
 
-typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, int64_t, bool);
+typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, int64_t, bool, Ahead*);
 
 template <class Element, int vectors>
 static inline RegisterTile tile_of_rows(int rows) {

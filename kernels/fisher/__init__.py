@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
 from .._dispatch import run
-from .arguments import check_clipping, check_pair, describe, modules_of
+from .arguments import check_clipping, check_lora, check_pair, modules_of
 
 
 class FisherDiag(NamedTuple):
@@ -97,6 +97,10 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
 
     Raises: as :func:`fisher_diag`.
     """
+    if isinstance(h, Tensor):  # what a capture calls at every step: no lists, no loops
+        check_lora(x, h, grad_h, grad_y, cu_seqlens)
+        args = (x.detach(), [h.detach()], [grad_h.detach()], [grad_y.detach()], cu_seqlens, weight_grad)
+        return _lora_results(run("lora_fisher_diag", x, *args), x, [h], [grad_y], weight_grad)[0]
     several = isinstance(h, (list, tuple))
     hs, grad_hs, grad_ys = (
         modules_of(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
@@ -107,40 +111,34 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
             "wanted equal lengths of at least 1"
         )
     for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
-        label = f"[{i}]" if several else ""
-        check_pair("x", x, f"grad_h{label}", grad_h_m, cu_seqlens)
-        check_pair(f"h{label}", h_m, f"grad_y{label}", grad_y_m, cu_seqlens)
-        if h_m.shape != grad_h_m.shape or h_m.dtype != x.dtype or h_m.device != x.device:
-            raise ValueError(
-                f"h{label}: {describe(h_m)}, wanted the shape of grad_h{label} {tuple(grad_h_m.shape)} and dtype and "
-                f"device of x ({x.dtype}, {x.device})"
-            )
-    args = (
-        x.detach(),
-        [t.detach() for t in hs],
-        [t.detach() for t in grad_hs],
-        [t.detach() for t in grad_ys],
-        cu_seqlens,
-        weight_grad,
-    )
-    scores, diag, grad = run("lora_fisher_diag", x, *args)
-    results = []
-    offset = 0
-    for i, (h_m, grad_y_m) in enumerate(zip(hs, grad_ys, strict=True)):
-        pair = []
-        shapes = ((h_m.shape[-1], x.shape[-1]), (grad_y_m.shape[-1], h_m.shape[-1]))
-        for j, shape in enumerate(shapes):
-            end = offset + shape[0] * shape[1]
-            pair.append(
-                FisherDiag(
-                    scores[2 * i + j],
-                    diag[offset:end].view(shape),
-                    grad[offset:end].view(shape) if weight_grad else None,
-                )
-            )
-            offset = end
-        results.append(LoraFisherDiag(*pair))
-    return results if several else results[0]
+        check_lora(x, h_m, grad_h_m, grad_y_m, cu_seqlens, f"[{i}]" if several else "")
+    lists = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
+    found = run("lora_fisher_diag", x, x.detach(), *lists, cu_seqlens, weight_grad)
+    return _lora_results(found, x, hs, grad_ys, weight_grad)
+
+
+def _lora_results(
+    found: tuple[Tensor, Tensor, Tensor], x: Tensor, hs: Sequence[Tensor], grad_ys: Sequence[Tensor], weight_grad: bool
+) -> list[LoraFisherDiag]:
+    """The flat results of the op, a view for each matrix."""
+    scores, diag, grad = found
+    d_in, offset, results = x.shape[-1], 0, []
+    for i, (h, grad_y) in enumerate(zip(hs, grad_ys, strict=True)):
+        r, d_out = h.shape[-1], grad_y.shape[-1]
+        middle, end = offset + r * d_in, offset + r * (d_in + d_out)
+        a = FisherDiag(
+            scores[2 * i],
+            diag[offset:middle].view(r, d_in),
+            grad[offset:middle].view(r, d_in) if weight_grad else None,
+        )
+        b = FisherDiag(
+            scores[2 * i + 1],
+            diag[middle:end].view(d_out, r),
+            grad[middle:end].view(d_out, r) if weight_grad else None,
+        )
+        results.append(LoraFisherDiag(a, b))
+        offset = end
+    return results
 
 
 def clipped_grad(

@@ -46,6 +46,19 @@ def check_pair(x_name: str, x: Tensor, grad_name: str, grad: Tensor, cu_seqlens:
         _check_cu_seqlens(cu_seqlens, x)
 
 
+def check_lora(
+    x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, label: str = ""
+) -> None:
+    """The same for the four tensors of a LoRA pair; ``label`` stands behind the names of those that come in lists."""
+    check_pair("x", x, f"grad_h{label}", grad_h, cu_seqlens)
+    check_pair(f"h{label}", h, f"grad_y{label}", grad_y, cu_seqlens)
+    if h.shape != grad_h.shape or h.dtype != x.dtype or h.device != x.device:
+        raise ValueError(
+            f"h{label}: {describe(h)}, wanted the shape of grad_h{label} {tuple(grad_h.shape)} and dtype and "
+            f"device of x ({x.dtype}, {x.device})"
+        )
+
+
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,) on {x.device}")
