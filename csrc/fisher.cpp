@@ -7,7 +7,6 @@
 #include "simd.h"
 #include "common.h"
 
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -20,7 +19,7 @@ using fibecfed::Tensor;
 
 constexpr int64_t kTaskRows = 64;
 constexpr int64_t kMostChunk = 64;
-constexpr int64_t kTileWidth = 48;  // of the widest register tile
+constexpr int64_t kTileWidth = 32;  // of the widest register tile
 constexpr int64_t kGroupSamples = 8;
 constexpr int64_t kMostGroups = 32;
 
@@ -99,13 +98,12 @@ struct Shape {
   int64_t strip, chunk;
 };
 
-// A thin operand of few rows is bound by memory: few tokens at a time and wide strips, so that the wide operand is read
-// as a few long streams, which the processor foresees; P is then as large as the cache allows. With many rows the
-// registers' tiles are used again and again, and both operands should stay in the cache. Found by measuring.
-Shape shape_of(int64_t rows, Dtype dtype) {
-  if (getenv("FS")) return {atoi(getenv("FS")), atoi(getenv("FC"))};
-  if (rows <= 8) return {512, dtype == Dtype::float32 ? 8 : 16};
-  if (rows <= 16) return {1024, 16};
+// A thin operand of few rows is bound by memory: the strip is wide, so that what is fetched ahead lies in long pieces,
+// and the chunk such that two of them fit into the second-level cache. With many rows both operands should stay in the
+// first. A narrow matrix gets narrower strips, or there were fewer tasks than cores. Found by measuring.
+Shape shape_of(int64_t rows, int64_t wide) {
+  if (rows <= 8) return wide >= 4096 ? Shape{1024, 32} : Shape{512, 64};
+  if (rows <= 16) return {512, 32};
   return {192, kMostChunk};
 }
 
@@ -119,7 +117,7 @@ std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
     const int64_t group =
         thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
     of.first_score_part = score_parts;
-    const auto [strip, chunk] = shape_of(thin, of.wide.dtype);
+    const auto [strip, chunk] = shape_of(thin, wide);
     of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + strip - 1) / strip);
     of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
     for (int64_t g = 0; g < of.groups; ++g) {
@@ -162,7 +160,7 @@ Fisher fisher(
     bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
     groups = std::max(groups, of.groups);
     rows = std::max(rows, std::min(thin, kTaskRows));
-    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin, of.wide.dtype).strip);
+    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin, wide).strip);
     score_parts += of.score_parts;
   }
   const auto empty = [&](const std::vector<int64_t>& sizes) {

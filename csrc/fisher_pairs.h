@@ -96,5 +96,5 @@ template <bool packed>
 static inline RegisterTile pair_tile_of(int rows, int64_t vectors) {
   return vectors == 1   ? pair_tile_of_rows<packed, 1>(rows)
          : vectors == 2 ? pair_tile_of_rows<packed, 2>(rows)
-                        : pair_tile_of_rows<packed, 3>(rows);
+                        : pair_tile_of_rows<packed, kVectors>(rows);
 }

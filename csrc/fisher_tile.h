@@ -126,7 +126,7 @@ template <class Element>
 static inline RegisterTile tile_of(int rows, int64_t vectors) {
   return vectors == 1   ? tile_of_rows<Element, 1>(rows)
          : vectors == 2 ? tile_of_rows<Element, 2>(rows)
-                        : tile_of_rows<Element, 3>(rows);
+                        : tile_of_rows<Element, kVectors>(rows);
 }
 
 static inline RegisterTile tile_of(Dtype dtype, int rows, int64_t vectors) {
