@@ -100,11 +100,19 @@ struct Shape {
 
 // A thin operand of few rows is bound by memory: the strip is wide, so that what is fetched ahead lies in long pieces,
 // and the chunk such that two of them fit into the second-level cache. With many rows both operands should stay in the
-// first. A narrow matrix gets narrower strips, or there were fewer tasks than cores. Found by measuring.
-Shape shape_of(int64_t rows, int64_t wide) {
-  if (rows <= 8) return wide >= 4096 ? Shape{1024, 32} : Shape{512, 64};
+// first. Found by measuring.
+Shape shape_of(int64_t rows) {
+  if (rows <= 8) return {1024, 32};
   if (rows <= 16) return {512, 32};
   return {192, kMostChunk};
+}
+
+// Samples of a task. A matrix with many rows has tasks enough without groups, and its partial sums would be as large as
+// gradients; a narrow one has few strips, and a small batch of it wants more groups for its cores.
+int64_t group_of(int64_t samples, int64_t rows, int64_t strips) {
+  if (rows > kTaskRows) return samples;
+  const int64_t least = strips < 4 && samples <= 2 * kGroupSamples ? kGroupSamples / 2 : kGroupSamples;
+  return std::max(least, (samples + kMostGroups - 1) / kMostGroups);
 }
 
 std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
@@ -113,12 +121,11 @@ std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
   for (size_t m = 0; m < matrices.size(); ++m) {
     Matrix& of = matrices[m];
     const int64_t thin = of.thin.features, wide = of.wide.features;
-    // A matrix with many rows has tasks enough, and its partial sums would be as large as gradients.
-    const int64_t group =
-        thin > kTaskRows ? samples : std::max(kGroupSamples, (samples + kMostGroups - 1) / kMostGroups);
     of.first_score_part = score_parts;
-    const auto [strip, chunk] = shape_of(thin, wide);
-    of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * ((wide + strip - 1) / strip);
+    const auto [strip, chunk] = shape_of(thin);
+    const int64_t strips = (wide + strip - 1) / strip;
+    const int64_t group = group_of(samples, thin, strips);
+    of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * strips;
     of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
     for (int64_t g = 0; g < of.groups; ++g) {
       int64_t part = score_parts;
@@ -139,8 +146,14 @@ void write_result(const Task& task, const Matrix& matrix, const float* strip, fl
   const int64_t row_stride = matrix.transposed ? 1 : matrix.wide.features;
   const int64_t column_stride = matrix.transposed ? matrix.thin.features : 1;
   float* out = result + task.row * row_stride + task.column * column_stride;
-  for (int64_t i = 0; i < task.rows; ++i) {
-    for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j * column_stride] = strip[i * task.strip + j];
+  if (matrix.transposed) {
+    for (int64_t j = 0; j < task.columns; ++j) {
+      for (int64_t i = 0; i < task.rows; ++i) out[i + j * column_stride] = strip[i * task.strip + j];
+    }
+  } else {
+    for (int64_t i = 0; i < task.rows; ++i) {
+      for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j] = strip[i * task.strip + j];
+    }
   }
 }
 
@@ -160,7 +173,7 @@ Fisher fisher(
     bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
     groups = std::max(groups, of.groups);
     rows = std::max(rows, std::min(thin, kTaskRows));
-    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin, wide).strip);
+    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin).strip);
     score_parts += of.score_parts;
   }
   const auto empty = [&](const std::vector<int64_t>& sizes) {
