@@ -162,7 +162,7 @@ struct Fisher {
 };
 
 Fisher fisher(
-    const Tensor& like, std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
+    std::vector<Matrix>& matrices, const std::vector<int64_t>& bounds, bool weight_grad,
     const float* weights, std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
@@ -176,16 +176,14 @@ Fisher fisher(
     product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin).strip);
     score_parts += of.score_parts;
   }
-  const auto empty = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(like, sizes, ScalarType::Float);
-  };
-  Fisher result{empty(scores_shape), empty(shape), empty(weight_grad ? shape : std::vector<int64_t>{0})};
+  using fibecfed::empty_floats;
+  Fisher result{empty_floats(scores_shape), empty_floats(shape), empty_floats(weight_grad ? shape : std::vector<int64_t>{0})};
   float* diag = result.diag.mutable_data_ptr<float>();
   float* grad = weight_grad ? result.weight_grad.mutable_data_ptr<float>() : nullptr;
 
   // Group 0 writes to the result, the others to their own copy, which is added in order below.
   const std::optional<Tensor> copies =
-      groups > 1 ? std::optional(empty({(groups - 1) * numel * (weight_grad ? 2 : 1)})) : std::nullopt;
+      groups > 1 ? std::optional(empty_floats({(groups - 1) * numel * (weight_grad ? 2 : 1)})) : std::nullopt;
   float* const copy = copies ? copies->mutable_data_ptr<float>() : nullptr;
   const auto group_diag = [&](int64_t g) { return g == 0 ? diag : copy + (g - 1) * numel; };
   const auto group_grad = [&](int64_t g) { return g == 0 ? grad : copy + (groups - 1 + g - 1) * numel; };
@@ -241,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> fisher_diag(
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
   Fisher result =
-      fisher(x, matrices, bounds, weight_grad, nullptr, {samples}, {out.features, in.features});
+      fisher(matrices, bounds, weight_grad, nullptr, {samples}, {out.features, in.features});
   return {result.scores, result.diag, result.weight_grad};
 }
 
@@ -257,7 +255,7 @@ Tensor weighted_grad(Tensor x, Tensor grad_y, Tensor weights, std::optional<Tens
   weights = fibecfed::contiguous(weights);
   const Operand in = operand(x), out = operand(grad_y);
   std::vector<Matrix> matrices{matrix(in, out, 0)};
-  return fisher(x, matrices, bounds, true, weights.const_data_ptr<float>(), {samples}, {out.features, in.features})
+  return fisher(matrices, bounds, true, weights.const_data_ptr<float>(), {samples}, {out.features, in.features})
       .weight_grad;
 }
 
@@ -285,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_fisher_diag(
     offset += low.features * out.features;
   }
   Fisher result = fisher(
-      x, matrices, bounds, weight_grad, nullptr,
+      matrices, bounds, weight_grad, nullptr,
       {static_cast<int64_t>(matrices.size()), static_cast<int64_t>(bounds.size()) - 1}, {offset});
   return {result.scores, result.diag, result.weight_grad};
 }

@@ -62,6 +62,13 @@ def use_backend(name: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+def runs_cpp(tensor: torch.Tensor) -> bool:
+    """Whether an op on ``tensor`` goes straight to C++: eager, on the CPU, and nothing else forced."""
+    if torch.compiler.is_compiling():  # first: what follows cannot be traced
+        return False
+    return HAS_CPP and tensor.is_cpu and _forced.get() in (None, "cpp")
+
+
 def body_for(tensor: torch.Tensor) -> Backend:
     """:func:`backend` for a tensor, refusing a forced body that cannot read it.
 

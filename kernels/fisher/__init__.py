@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
+from .._backend import runs_cpp
 from .._dispatch import run
 from .arguments import check_clipping, check_lora, check_pair, modules_of
 
@@ -97,10 +99,10 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
 
     Raises: as :func:`fisher_diag`.
     """
-    if isinstance(h, Tensor):  # what a capture calls at every step: no lists, no loops
-        check_lora(x, h, grad_h, grad_y, cu_seqlens)
-        args = (x.detach(), [h.detach()], [grad_h.detach()], [grad_y.detach()], cu_seqlens, weight_grad)
-        return _lora_results(run("lora_fisher_diag", x, *args), x, [h], [grad_y], weight_grad)[0]
+    if isinstance(h, Tensor) and isinstance(x, Tensor) and runs_cpp(x):
+        quick = _pair_by_cpp(x, h, grad_h, grad_y, cu_seqlens, weight_grad)
+        if quick is not None:
+            return quick
     several = isinstance(h, (list, tuple))
     hs, grad_hs, grad_ys = (
         modules_of(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
@@ -114,7 +116,22 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
         check_lora(x, h_m, grad_h_m, grad_y_m, cu_seqlens, f"[{i}]" if several else "")
     lists = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
     found = run("lora_fisher_diag", x, x.detach(), *lists, cu_seqlens, weight_grad)
-    return _lora_results(found, x, hs, grad_ys, weight_grad)
+    results = _lora_results(found, x, hs, grad_ys, weight_grad)
+    return results if several else results[0]
+
+
+def _pair_by_cpp(
+    x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, weight_grad: bool
+) -> LoraFisherDiag | None:
+    """One pair, as a capture has it at every module of every step: C++ checks what it is given by itself, so the checks
+    in Python, which cost as much as a small batch, are left for what it refuses. None: it did."""
+    try:
+        if x.requires_grad or h.requires_grad or grad_h.requires_grad or grad_y.requires_grad:
+            x, h, grad_h, grad_y = x.detach(), h.detach(), grad_h.detach(), grad_y.detach()
+        found = torch.ops.fibecfed.lora_fisher_diag.default(x, [h], [grad_h], [grad_y], cu_seqlens, weight_grad)
+    except Exception:  # of whatever kind: the checks say by name what is wrong, or the second try raises it again
+        return None
+    return _lora_results(found, x, [h], [grad_y], weight_grad)[0]
 
 
 def _lora_results(
@@ -122,22 +139,21 @@ def _lora_results(
 ) -> list[LoraFisherDiag]:
     """The flat results of the op, a view for each matrix."""
     scores, diag, grad = found
+    parts = scores.unbind()
     d_in, offset, results = x.shape[-1], 0, []
     for i, (h, grad_y) in enumerate(zip(hs, grad_ys, strict=True)):
         r, d_out = h.shape[-1], grad_y.shape[-1]
-        middle, end = offset + r * d_in, offset + r * (d_in + d_out)
-        a = FisherDiag(
-            scores[2 * i],
-            diag[offset:middle].view(r, d_in),
-            grad[offset:middle].view(r, d_in) if weight_grad else None,
+        # (shape, strides, offset) of A and of B: as_strided is one call where a slice and a view are two
+        a = (r, d_in), (d_in, 1), offset
+        b = (d_out, r), (r, 1), offset + r * d_in
+        offset += r * (d_in + d_out)
+        grad_a, grad_b = (grad.as_strided(*a), grad.as_strided(*b)) if weight_grad else (None, None)
+        results.append(
+            LoraFisherDiag(
+                FisherDiag(parts[2 * i], diag.as_strided(*a), grad_a),
+                FisherDiag(parts[2 * i + 1], diag.as_strided(*b), grad_b),
+            )
         )
-        b = FisherDiag(
-            scores[2 * i + 1],
-            diag[middle:end].view(d_out, r),
-            grad[middle:end].view(d_out, r) if weight_grad else None,
-        )
-        results.append(LoraFisherDiag(a, b))
-        offset = end
     return results
 
 
