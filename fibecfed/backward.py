@@ -172,8 +172,11 @@ class _LoraB(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         h, b = ctx.saved_tensors
         ctx.stash["h"], ctx.stash["grad_y"] = h, grad_y
+        b = b.to(grad_y.dtype).t()
+        if not grad_y.is_cuda:
+            b = b.contiguous()  # on the CPU this product of few columns is a third faster so
         with torch.autocast(grad_y.device.type, enabled=False):
-            return (grad_y @ b.to(grad_y.dtype)).to(h.dtype), None, None
+            return F.linear(grad_y, b).to(h.dtype), None, None
 
 
 class _LoraA(torch.autograd.Function):

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fibecfed_kernels import LoraFisherDiag, lora_fisher_diag
+from fibecfed_kernels import LoraFisherDiag, backend, lora_fisher_diag
 
 from .backward import FisherCaptureError, LoraBackward
 from .lora import LoraPair
+from .sharing import Seen, SharedInputs
 
 __all__ = ["FisherCaptureError", "capture_fisher"]
 
@@ -44,7 +45,8 @@ class capture_fisher(LoraBackward):
         cu_seqlens: int32 (N+1,) for packed batches, whose module inputs are (1, total, d) or (total, d).
         num_samples: N, if it is to be checked: a model that flattens samples and tokens into one axis before a module
             would give scores of tokens.
-        weight_grad: False leaves ``.grad`` of the LoRA parameters untouched.
+        weight_grad: False leaves ``.grad`` of the LoRA parameters untouched; modules that read the same input then
+            share one launch.
 
     Forward AND backward of one batch belong inside the block, once. Right under autocast, gradient checkpointing,
     dropout, rsLoRA, bf16 models, padding on either side. A module's input must have the samples on its first axis.
@@ -71,6 +73,7 @@ class capture_fisher(LoraBackward):
         super().__init__(model, reduction, loss_scale=loss_scale, cu_seqlens=cu_seqlens, num_samples=num_samples)
         self.weight_grad = weight_grad
         self._found: dict[LoraPair, LoraFisherDiag] = {}
+        self._shared = SharedInputs(self._take)
         self._scores: Tensor | None = None
         self._module_scores: dict[str, Tensor] = {}
         self._diagonal: dict[str, Tensor] | None = None
@@ -97,16 +100,24 @@ class capture_fisher(LoraBackward):
 
     def __enter__(self) -> capture_fisher:
         self._found, self._scores, self._diagonal = {}, None, None
+        self._shared = SharedInputs(self._take)
         return super().__enter__()
 
     def _pair_backward(
         self, pair: LoraPair, x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        found = lora_fisher_diag(x, h, grad_h, grad_y, self.cu_seqlens, weight_grad=self.weight_grad)
+        if not self.weight_grad:
+            self._shared.add(Seen(pair, x, h, grad_h, grad_y), backend(x.device), self.cu_seqlens)
+            return None, None
+        found = lora_fisher_diag(x, h, grad_h, grad_y, self.cu_seqlens, weight_grad=True)
         self._found[pair] = found
         return found.a.weight_grad, found.b.weight_grad
 
+    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+        self._found[seen.pair] = found
+
     def _finish(self, scale: float) -> None:
+        self._shared.flush()
         factor = scale**2  # of squares
         found = [self._found[pair] for pair in self._pairs]
         parts = torch.stack([part.scores for f in found for part in f]) * factor

@@ -15,11 +15,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fibecfed_kernels import clipped_grad, fisher_diag, lora_fisher_diag
+from fibecfed_kernels import LoraFisherDiag, backend, clipped_grad, fisher_diag
 
 from .backward import FisherCaptureError, LoraBackward
 from .lora import HeadLinear, LoraPair, UnsupportedModuleError, lora_pairs, trainable_linears
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
+from .sharing import Seen, SharedInputs
 
 
 class _Kept(NamedTuple):
@@ -77,6 +78,7 @@ class clip_sample_gradients(LoraBackward):
         super().__init__(model, reduction, loss_scale=loss_scale, cu_seqlens=cu_seqlens, num_samples=num_samples)
         self.max_norm = _number("max_norm", max_norm, positive=True)
         self._kept: list[_Kept] = []
+        self._shared = SharedInputs(self._take)
         self._scores: Tensor | None = None
         self._factors: Tensor | None = None
 
@@ -99,6 +101,7 @@ class clip_sample_gradients(LoraBackward):
         if mixing is not None:
             raise UnsupportedModuleError(f"{mixing}: BatchNorm in training mixes the samples of a batch")
         self._kept, self._scores, self._factors = [], None, None
+        self._shared = SharedInputs(self._take)
         return super().__enter__()
 
     def __exit__(
@@ -107,7 +110,7 @@ class clip_sample_gradients(LoraBackward):
         try:
             super().__exit__(kind, error, trace)
         finally:
-            self._kept = []
+            self._kept, self._shared = [], SharedInputs(self._take)
 
     def _find_heads(self) -> list[HeadLinear]:
         return trainable_linears(self.model, self._pairs)
@@ -115,10 +118,13 @@ class clip_sample_gradients(LoraBackward):
     def _pair_backward(
         self, pair: LoraPair, x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        found = lora_fisher_diag(x, h, grad_h, grad_y, self.cu_seqlens)
-        self._kept.append(_Kept(pair.a.weight, None, x, grad_h, self.cu_seqlens, found.a.scores))
-        self._kept.append(_Kept(pair.b.weight, None, h, grad_y, self.cu_seqlens, found.b.scores))
+        self._shared.add(Seen(pair, x, h, grad_h, grad_y), backend(x.device), self.cu_seqlens)
         return None, None
+
+    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+        a, b = seen.pair.a.weight, seen.pair.b.weight
+        self._kept.append(_Kept(a, None, seen.x, seen.grad_h, self.cu_seqlens, found.a.scores))
+        self._kept.append(_Kept(b, None, seen.h, seen.grad_y, self.cu_seqlens, found.b.scores))
 
     def _head_backward(self, head: HeadLinear, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> None:
         weight, bias = (
@@ -129,6 +135,7 @@ class clip_sample_gradients(LoraBackward):
         self._kept.append(_Kept(weight, bias, x, grad_y, cu_seqlens, fisher_diag(x, grad_y, cu_seqlens).scores))
 
     def _finish(self, scale: float) -> None:
+        self._shared.flush()
         seen = torch.stack([kept.scores for kept in self._kept]).sum(0)
         if not bool(seen.isfinite().all()):
             bad = [n for n, finite in enumerate(seen.isfinite().tolist()) if not finite]

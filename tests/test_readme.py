@@ -35,8 +35,21 @@ def test_the_recorded_runs_reached_their_marks(folder: Path) -> None:
     assert end.personal_accuracy >= end.personal_majority + 0.05  # type: ignore[operator]
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_of_private_training_runs_as_written() -> None:
+    model = tiny("bert")
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    names: dict[str, object] = {"model": model, "optimizer": optimizer, "data": range(1000)}
+    exec(EXAMPLES[1], names | {"poisson_batches": [batch(), [batch(), batch(seed=4)], []]})
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old) != p.requires_grad
+
+
 def test_the_example_runs_as_written() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = EXAMPLES[0]
     model = tiny("bert")
     rows = FlatAdapter(tiny("bert")).num_rows
     mask = torch.zeros(rows, dtype=torch.bool)

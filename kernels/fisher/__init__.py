@@ -99,39 +99,41 @@ def lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens=None, *, weight_grad=False
 
     Raises: as :func:`fisher_diag`.
     """
-    if isinstance(h, Tensor) and isinstance(x, Tensor) and runs_cpp(x):
-        quick = _pair_by_cpp(x, h, grad_h, grad_y, cu_seqlens, weight_grad)
-        if quick is not None:
-            return quick
     several = isinstance(h, (list, tuple))
-    hs, grad_hs, grad_ys = (
-        modules_of(name, t, several) for name, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y))
-    )
-    if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
-        raise ValueError(
-            f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, "
-            "wanted equal lengths of at least 1"
-        )
-    for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
-        check_lora(x, h_m, grad_h_m, grad_y_m, cu_seqlens, f"[{i}]" if several else "")
-    lists = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
-    found = run("lora_fisher_diag", x, x.detach(), *lists, cu_seqlens, weight_grad)
+    if several:
+        hs, grad_hs, grad_ys = (modules_of(n, t) for n, t in (("h", h), ("grad_h", grad_h), ("grad_y", grad_y)))
+        if not hs or not len(hs) == len(grad_hs) == len(grad_ys):
+            raise ValueError(
+                f"h, grad_h, grad_y: lists of {len(hs)}, {len(grad_hs)}, {len(grad_ys)} tensors, "
+                "wanted equal lengths of at least 1"
+            )
+    else:
+        hs, grad_hs, grad_ys = [h], [grad_h], [grad_y]
+    found = _by_cpp(x, hs, grad_hs, grad_ys, cu_seqlens, weight_grad)
+    if found is None:
+        for i, (h_m, grad_h_m, grad_y_m) in enumerate(zip(hs, grad_hs, grad_ys, strict=True)):
+            check_lora(x, h_m, grad_h_m, grad_y_m, cu_seqlens, f"[{i}]" if several else "")
+        lists = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
+        found = run("lora_fisher_diag", x, x.detach(), *lists, cu_seqlens, weight_grad)
     results = _lora_results(found, x, hs, grad_ys, weight_grad)
     return results if several else results[0]
 
 
-def _pair_by_cpp(
-    x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None, weight_grad: bool
-) -> LoraFisherDiag | None:
-    """One pair, as a capture has it at every module of every step: C++ checks what it is given by itself, so the checks
-    in Python, which cost as much as a small batch, are left for what it refuses. None: it did."""
-    try:
-        if x.requires_grad or h.requires_grad or grad_h.requires_grad or grad_y.requires_grad:
-            x, h, grad_h, grad_y = x.detach(), h.detach(), grad_h.detach(), grad_y.detach()
-        found = torch.ops.fibecfed.lora_fisher_diag.default(x, [h], [grad_h], [grad_y], cu_seqlens, weight_grad)
-    except Exception:  # of whatever kind: the checks say by name what is wrong, or the second try raises it again
+def _by_cpp(
+    x: Tensor, hs: list[Tensor], grad_hs: list[Tensor], grad_ys: list[Tensor], cu_seqlens: Tensor | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """The results of C++ if it is next and takes what it is given. It checks that by itself, so the checks in Python,
+    which cost as much as a small batch, are left for what it refuses: they say by name what is wrong."""
+    if not isinstance(x, Tensor) or not runs_cpp(x):
         return None
-    return _lora_results(found, x, [h], [grad_y], weight_grad)[0]
+    try:
+        if any(t.requires_grad for t in (x, *hs, *grad_hs, *grad_ys)):
+            x = x.detach()
+            hs, grad_hs, grad_ys = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
+        return torch.ops.fibecfed.lora_fisher_diag.default(x, hs, grad_hs, grad_ys, cu_seqlens, weight_grad)
+    except Exception:  # of whatever kind: after the checks the second try raises it again
+        return None
 
 
 def _lora_results(

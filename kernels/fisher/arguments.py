@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def modules_of(name: str, given: Tensor | Sequence[Tensor], several: bool) -> list[Tensor]:
+def modules_of(name: str, given: Sequence[Tensor]) -> list[Tensor]:
     """One tensor a module; a tensor among lists would be taken apart sample by sample."""
-    if not several:
-        return [cast(Tensor, given)]  # check_pair refuses what is no tensor
     if not isinstance(given, (list, tuple)):
         raise TypeError(f"{name}: {type(given).__name__}, wanted a list of tensors since h is one")
     return list(given)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fibecfed import FisherCaptureError, capture_fisher
+from fibecfed_kernels import lora_fisher_diag
 from tests.fibecfed.tiny import KINDS, LAYERS, batch, fill_b, sample, tiny
 
 
@@ -254,3 +255,33 @@ def test_a_capture_can_be_used_again_also_after_an_error() -> None:
     with fisher:
         model(**whole).loss.backward()
     assert torch.equal(fisher.scores, first)
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [({}, [2] * LAYERS), ({"lora_dropout": 0.3}, [1, 1] * LAYERS), ({"target_modules": ["key"]}, [1] * LAYERS)],
+    ids=["shared", "own-dropout", "alone"],
+)
+def test_modules_that_read_one_input_share_a_launch_when_no_gradient_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], groups: list[int]
+) -> None:
+    seen = []
+
+    def counted(x: Tensor, h: Any, *rest: Any) -> Any:
+        seen.append(len(h) if isinstance(h, list) else 1)
+        return lora_fisher_diag(x, h, *rest)
+
+    monkeypatch.setattr("fibecfed.sharing.lora_fisher_diag", counted)
+    model, whole = tiny("bert", **change).train(), batch()
+    torch.manual_seed(7)
+    with capture_fisher(model) as apart:
+        model(**whole).loss.backward()
+    assert not seen
+    torch.manual_seed(7)
+    with capture_fisher(model, weight_grad=False) as together:
+        model(**whole).loss.backward()
+    assert seen == groups
+    assert torch.equal(together.scores, apart.scores)
+    assert together.module_scores.keys() == apart.module_scores.keys()
+    for name, value in apart.diagonal.items():
+        assert torch.equal(together.diagonal[name], value)

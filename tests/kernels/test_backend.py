@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fibecfed_kernels import backend, fisher_diag, use_backend
+from fibecfed_kernels import _dispatch, backend, fisher, fisher_diag, use_backend
 from fibecfed_kernels.fisher import reference
 
 
@@ -80,3 +81,33 @@ def test_a_body_forced_on_tensors_it_cannot_read_is_refused():
     x = torch.ones(1, 2, 3, device="meta")
     with use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was forced, but the tensors are on meta"):
         fisher_diag(x, x)
+
+
+@pytest.mark.parametrize("tracing", [False, True])
+def test_triton_is_called_past_the_op_boundary_but_not_while_tracing(monkeypatch, tracing):
+    calls = []
+    monkeypatch.setattr(_dispatch, "body_for", lambda tensor: "triton")
+    monkeypatch.setattr(
+        _dispatch, "module_of", lambda name, body: SimpleNamespace(fisher_diag=lambda *args: calls.append((name, body)))
+    )
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: tracing)
+    x = torch.ones(1, 2, 3)
+    found = _dispatch.run("fisher_diag", x, x, x, None, False)
+    assert calls == ([] if tracing else [("fisher_diag", "triton")])
+    assert (found is not None) == tracing  # the registered op ran, and chose by itself
+
+
+def test_cpu_pairs_go_to_cpp_without_the_checks_in_python(monkeypatch):
+    x, h = torch.randn(2, 3, 5), torch.randn(2, 3, 2)
+
+    def unwanted(*args):
+        raise AssertionError("checked in Python")
+
+    wanted = fisher.lora_fisher_diag(x, h, h, x)
+    monkeypatch.setattr(fisher, "check_lora", unwanted)
+    found = fisher.lora_fisher_diag(x, h, h, x)
+    assert torch.equal(found.a.diag, wanted.a.diag)
+    with pytest.raises(AssertionError, match="checked in Python"), use_backend("reference"):
+        fisher.lora_fisher_diag(x, h, h, x)
+    with pytest.raises(AssertionError, match="checked in Python"):
+        fisher.lora_fisher_diag(x, h, h, x.double())
