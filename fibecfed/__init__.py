@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter import BrokenViewsError, FlatAdapter
     from .capture import FisherCaptureError, capture_fisher
+    from .clipping import clip_sample_gradients
     from .config import RunConfig
     from .lora import UnsupportedModuleError
     from .optim import MaskedAdamW, MaskedSGD
-    from .privacy import DpStep, clip_sample_gradients, dp_step
+    from .privacy import DpStep, dp_step
     from .record import RunRecord
     from .scoring import SampleScores, score_samples
     from .simulation import resume, run
@@ -42,10 +43,11 @@ __all__ = [
 _ROOMS = {
     "adapter": ("BrokenViewsError", "FlatAdapter"),
     "capture": ("FisherCaptureError", "capture_fisher"),
+    "clipping": ("clip_sample_gradients",),
     "config": ("RunConfig",),
     "lora": ("UnsupportedModuleError",),
     "optim": ("MaskedAdamW", "MaskedSGD"),
-    "privacy": ("DpStep", "clip_sample_gradients", "dp_step"),
+    "privacy": ("DpStep", "dp_step"),
     "record": ("RunRecord",),
     "scoring": ("SampleScores", "score_samples"),
     "simulation": ("resume", "run"),

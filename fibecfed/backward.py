@@ -42,10 +42,12 @@ class LoraBackward:
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: {reduction!r}, wanted 'mean' or 'sum'")
-        if not isinstance(loss_scale, (int, float)) or not 0.0 < loss_scale < math.inf:
+        if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)) or not 0.0 < loss_scale < math.inf:
             raise ValueError(f"loss_scale: {loss_scale!r}, wanted a number with 0 < loss_scale < ∞")
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,)")
+        if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int)):
+            raise TypeError(f"num_samples: {type(num_samples).__name__}, wanted an integer")
         self.model = model
         self.reduction = reduction
         self.loss_scale = loss_scale
@@ -229,7 +231,14 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         cu_seqlens = ctx.taker.cu_seqlens
-        if cu_seqlens is not None and x.numel() // x.shape[-1] == cu_seqlens.numel() - 1:
+        if x.dim() < 2:
+            raise FisherCaptureError(f"{ctx.head.name}: its input is {tuple(x.shape)}, wanted the samples on an axis")
+        if cu_seqlens is not None and (rows := x.shape[:-1].numel()) == cu_seqlens.numel() - 1:
+            if rows == int(cu_seqlens[-1]) and bool((cu_seqlens.diff() != 1).any()):
+                raise FisherCaptureError(
+                    f"{ctx.head.name}: its {rows} rows may be the tokens or the samples, as there are empty samples; "
+                    "leave those out"
+                )
             x, grad_y, cu_seqlens = x.flatten(0, -2), grad_y.flatten(0, -2), None  # behind a pooling: a row a sample
         x_n, grad_y_n = (_as_batch(t, cu_seqlens) for t in (x, grad_y))
         ctx.taker._count(ctx.head, x_n)

@@ -83,6 +83,7 @@ def trainable_linears(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinea
                 f"{name}: trainable in a {type(module).__name__}, whose gradients of single samples are not "
                 "supported; wanted LoRA and nn.Linear alone: freeze it"
             )
+        _check_plain(path, module)
         if any(id(p) in known for p in own.values()):
             raise UnsupportedModuleError(f"{name}: shared with another trainable module")
         if isinstance(parameter, DTensor):
@@ -123,6 +124,7 @@ def _trainable(module: LoraLayer, adapter: str) -> bool:
 def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise UnsupportedModuleError(f"{what} is a {type(linear).__name__}, wanted nn.Linear")
+    _check_plain(what, linear)
     if linear.bias is not None:
         raise UnsupportedModuleError(f"{what} has a bias, whose Fisher information is not supported")
     if isinstance(linear.weight, DTensor):
@@ -130,3 +132,12 @@ def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
     if not linear.weight.requires_grad:
         raise UnsupportedModuleError(f"{what} is frozen, so its Fisher information would be missing")
     return linear
+
+
+def _check_plain(what: str, linear: nn.Linear) -> None:
+    """Refuse a weight that is computed from others before each forward (weight_norm, pruning), and added parameters."""
+    own = dict(linear.named_parameters(recurse=False))
+    if not own.keys() <= {"weight", "bias"} or own.get("weight") is not linear.weight:
+        raise UnsupportedModuleError(
+            f"{what} has the parameters {', '.join(own)}, wanted weight and bias alone (no weight_norm, no pruning)"
+        )

@@ -168,4 +168,6 @@ def own_losses(loss: SampleLoss, model: nn.Module, batch: Mapping[str, Tensor]) 
     if not isinstance(losses, Tensor) or losses.dim() != 1:
         given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"sample_loss: gave {given}, wanted a tensor (N,)")
+    if not losses.requires_grad:
+        raise ValueError("sample_loss: gave losses without a gradient, wanted ones that the model was asked for")
     return losses

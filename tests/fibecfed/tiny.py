@@ -1,5 +1,5 @@
-"""Tiny PEFT models of the two kinds, built from configs, with a trained-looking B (zero B hides half of every
-gradient)."""
+"""Tiny PEFT models of the two kinds, built from configs, with a trained-looking B and head bias (zero B hides half of
+every gradient)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fill_b(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or (parameter.requires_grad and name.endswith("bias")):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
