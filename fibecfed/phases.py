@@ -93,7 +93,8 @@ class RoundRecord(Cost):
     devices: those drawn. loss: mean over the samples trained on. data_share: c(t). samples: trained on, repetitions
     counted. rows_active: mean over the devices drawn. seconds: by activity (init, train, pack, aggregate, evaluate).
     modelled_seconds: communication over the configured link. elapsed: wall seconds since the start of the run,
-    initialization included. global_metrics: beside the accuracy.
+    initialization included. global_metrics: beside the accuracy. refused {device: reason}: whose message the server did
+    not take; where all were refused, the server's values are those of the round before.
     """
 
     round: int
@@ -109,6 +110,7 @@ class RoundRecord(Cost):
     global_accuracy: float | None = None
     personal_accuracy: float | None = None
     global_metrics: dict[str, float | None] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,10 @@ class RichObserver:
             f"data {percent(record.data_share, 0):>3} %  {megabytes(record.bytes_up + record.bytes_down)} MB  "
             f"{seconds(sum(record.seconds.values()))} s"
         )
+        for device, reason in record.refused.items():
+            self._say(f"  device {device} left out: {reason}")
+        if len(record.refused) == len(record.devices):
+            self._say("  no message was taken: the round is void, the global model is what it was")
 
     def on_end(self, record: EndRecord) -> None:
         self._progress.stop()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import WirePlan, aggregate
+from fibecfed_kernels.wire.errors import CountError
 
 from .adapter import FlatAdapter
 from .sections import Wire
@@ -41,10 +42,27 @@ class Server:
         self._flat.check(gradients=False)
         self.plan.scatter_(self.values, self._flat)
 
-    def average(self, uploads: Iterable[Tensor], weights: Sequence[float], round_: int) -> None:
+    def average(self, uploads: Iterable[Tensor], weights: Sequence[float], round_: int) -> dict[int, str]:
         """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
-        arrive."""
-        self.values = aggregate(self.plan, uploads, weights, round=round_, device=self.values.device)
+        arrive.
+
+        Returns {place among the uploads: reason} of those that were refused. The others are averaged; where none is
+        left, the round is void and the server's values stay what they were.
+        """
+        refused: dict[int, str] = {}
+        try:
+            self.values = aggregate(
+                self.plan,
+                uploads,
+                weights,
+                round=round_,
+                device=self.values.device,
+                on_refused=lambda place, error: refused.__setitem__(place, f"{error.field}: {error.problem}"),
+            )
+        except CountError as error:
+            if error.field != "buffers" or not refused:  # what is wrong is the weights, or there was no message
+                raise
+        return refused
 
 
 class LocalStore:

@@ -205,7 +205,7 @@ class _Simulation:
         with self.watch.phase("pack"):
             broadcast = self.server.broadcast(t)
         with self.watch.phase("aggregate"):
-            self.server.average(uploads(broadcast), [device.size for device in drawn], t)
+            refused = self.server.average(uploads(broadcast), [device.size for device in drawn], t)
         evaluated = t % config.eval.every == 0 or t == config.train.rounds
         accuracies: dict[str, Any] = {}
         if evaluated:
@@ -227,6 +227,7 @@ class _Simulation:
             seconds=self.watch.take(),
             modelled_seconds=link_seconds(config.wire, plan.nbytes),
             elapsed=self.watch.elapsed,
+            refused={drawn[place].index: reason for place, reason in refused.items()},
             **accuracies,
         )
 

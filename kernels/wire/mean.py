@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def aggregate(
     *,
     round: int | None = None,
     device: torch.device | str = "cpu",
+    on_refused: Callable[[int, WireError], None] | None = None,
 ) -> Tensor:
     """Mean of the messages' values, Σ w_i v_i / Σ w_i, float32 (plan.numel,), in the order of ``plan.names``.
 
@@ -31,6 +32,8 @@ def aggregate(
         weights: one a message, finite, in [1e-100, 1e100]; FedAvg's are the sample counts.
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
+        on_refused: called with the index and the reason of each message that is refused, which is then left out of the
+            mean, weight and all. None: the first one ends it.
 
     The sum is float64, 8 bytes a value: with n messages its error before the final rounding to float32 is below
     (n + 1)·2⁻⁵³·Σ w_i |v_i| / Σ w_i. So equal messages average to themselves exactly, in every wire dtype; and the
@@ -39,15 +42,15 @@ def aggregate(
     depends on the order.)
 
     Raises:
-        CountError: no message, or not as many weights as messages. WeightError: a weight outside its range.
-        WireError: a message is refused; its ``index`` tells which.
+        CountError: no message, none that was taken, or not as many weights as messages. WeightError: a weight outside
+            its range. WireError: a message is refused and there is no ``on_refused``; its ``index`` tells which.
     """
     if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)):
         raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
     if not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message")
     sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
-    total, index = 0.0, 0
+    total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), iter(weights)
     while True:  # not zip or enumerate: they would keep a message alive while the next one is made
         try:
@@ -58,14 +61,20 @@ def aggregate(
         try:
             plan.add_(sum, buffer, weight, round)
         except WireError as error:
-            raise error.at(index) from None
+            if on_refused is None:
+                raise error.at(index) from None
+            on_refused(index, error.at(index))
+        else:
+            total += weight
+            taken += 1
         del buffer
-        total += weight
         index += 1
     if next(shares, None) is not None:
         raise CountError("weights", f"more than the {index} messages, wanted one a message")
     if index == 0:
         raise CountError("buffers", "no messages, wanted at least one")
+    if taken == 0:
+        raise CountError("buffers", f"all {index} messages were refused")
     return sum.div_(total).float()
 
 

@@ -47,10 +47,23 @@ def test_the_mean_of_uploads_is_weighted_and_of_this_round_alone() -> None:
         server.plan.scatter_(values, fed.flat)
         return server.plan.pack(fed.flat, round=round_, num_samples=1)
 
-    server.average((upload(values, 2) for values in (first, second)), [1, 3], 2)
-    torch.testing.assert_close(server.values, (first + 3 * second) / 4)
-    with pytest.raises(WireError, match="round"):
-        server.average([upload(first, 1)], [1], 2)
+    assert server.average((upload(values, 2) for values in (first, second)), [1, 3], 2) == {}
+    mean = (first + 3 * second) / 4
+    torch.testing.assert_close(server.values, mean)
+    broken = upload(first, 2)
+    broken[-1] ^= 1
+    refused = server.average([upload(first, 1), upload(second, 2), broken], [1, 3, 1], 2)
+    assert refused.keys() == {0, 2}
+    assert refused[0] == "metadata.round: 1, wanted 2"
+    assert "CRC32C" in refused[2]
+    torch.testing.assert_close(server.values, second)
+    before = server.values
+    assert server.average([broken, upload(first, 1)], [1, 1], 2).keys() == {0, 1}
+    assert server.values is before
+    with pytest.raises(WireError, match="no messages"):
+        server.average([], [], 2)
+    with pytest.raises(WireError, match="only 1"):
+        server.average([broken, broken], [1], 2)
 
 
 def test_every_device_keeps_its_own_local_layers_and_the_initial_ones_stay() -> None:

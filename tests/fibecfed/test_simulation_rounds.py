@@ -11,7 +11,7 @@ import torch
 
 from fibecfed import curriculum, simulation
 from fibecfed.client import Device, TrainResult
-from fibecfed.record import SilentObserver
+from fibecfed.record import SilentObserver, from_json, to_json
 from fibecfed.server import link_seconds
 from fibecfed.simulation import _Simulation
 from fibecfed_kernels import WirePlan
@@ -113,6 +113,33 @@ def test_a_round_is_recorded_number_by_number(monkeypatch: pytest.MonkeyPatch) -
     assert {"pack", "train", "aggregate", "evaluate"} <= entry.seconds.keys()
     assert entry.global_accuracy is not None
     assert entry.personal_accuracy is not None
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_device_whose_message_is_damaged_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    run = begun(monkeypatch, "train.rounds=3")
+    flat, server = run.flat, run.server
+    before, pack, uploaded = server.values, server.plan.pack, []
+
+    def training(device: Device, t: int, share: float) -> TrainResult:
+        flat.copy_(torch.full_like(flat.data, device.index + 1.0))
+        return TrainResult(1.0, 1, 1)
+
+    def damaging(flat: Any, *, round: int, num_samples: int) -> torch.Tensor:
+        message = pack(flat, round=round, num_samples=num_samples)
+        if num_samples:  # a broadcast has none
+            uploaded.append(message)
+            message[-1] ^= len(uploaded) <= bad
+        return message
+
+    train_by(run, monkeypatch, training)
+    monkeypatch.setattr(server.plan, "pack", damaging)
+    entry = run._round(1)
+    assert list(entry.refused) == entry.devices[:bad]
+    assert all("CRC32C" in reason for reason in entry.refused.values())
+    wanted = before if bad == 2 else torch.full_like(before, entry.devices[1] + 1.0)
+    assert torch.equal(server.values, wanted)
+    assert from_json(to_json(entry)) == entry
 
 
 def test_rounds_are_evaluated_as_often_as_asked_for_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,3 +139,19 @@ def test_what_is_no_list_of_messages_or_of_numbers_is_refused_by_name() -> None:
     for weights in (3.0, "123"):
         with pytest.raises(TypeError, match=r"^weights: "):
             aggregate(plan, messages, weights)  # type: ignore[arg-type]
+
+
+def test_refused_messages_are_left_out_with_their_reason() -> None:
+    plan, messages = messages_of("float32", 4)
+    messages[1] = messages[1].clone()
+    messages[1][-1] ^= 1
+    seen: list[tuple[int, WireError]] = []
+    mean = aggregate(plan, messages, [1.0, 50.0, 2.0, 3.0], on_refused=lambda *refused: seen.append(refused))
+    assert torch.equal(mean, aggregate(plan, [messages[0], *messages[2:]], [1.0, 2.0, 3.0]))
+    ((index, error),) = seen
+    assert isinstance(error, ChecksumError)
+    assert index == error.index == 1
+    with pytest.raises(CountError, match="all 2 messages were refused"):
+        aggregate(plan, [messages[1]] * 2, [1.0, 1.0], on_refused=lambda *_: None)
+    with pytest.raises(WeightError):  # the caller's own mistake is not a device's
+        aggregate(plan, messages, [1.0, math.nan, 1.0, 1.0], on_refused=lambda *_: None)
