@@ -128,6 +128,9 @@ def _by_cpp(
     if not isinstance(x, Tensor) or not runs_cpp(x):
         return None
     try:
+        others = (*hs, *grad_hs, *grad_ys) if cu_seqlens is None else (*hs, *grad_hs, *grad_ys, cu_seqlens)
+        if not all(t.is_cpu for t in others):  # the dispatcher would go by the other device
+            return None
         if any(t.requires_grad for t in (x, *hs, *grad_hs, *grad_ys)):
             x = x.detach()
             hs, grad_hs, grad_ys = ([t.detach() for t in ts] for ts in (hs, grad_hs, grad_ys))
@@ -141,7 +144,6 @@ def _lora_results(
 ) -> list[LoraFisherDiag]:
     """The flat results of the op, a view for each matrix."""
     scores, diag, grad = found
-    parts = scores.unbind()
     d_in, offset, results = x.shape[-1], 0, []
     for i, (h, grad_y) in enumerate(zip(hs, grad_ys, strict=True)):
         r, d_out = h.shape[-1], grad_y.shape[-1]
@@ -152,8 +154,8 @@ def _lora_results(
         grad_a, grad_b = (grad.as_strided(*a), grad.as_strided(*b)) if weight_grad else (None, None)
         results.append(
             LoraFisherDiag(
-                FisherDiag(parts[2 * i], diag.as_strided(*a), grad_a),
-                FisherDiag(parts[2 * i + 1], diag.as_strided(*b), grad_b),
+                FisherDiag(scores[2 * i], diag.as_strided(*a), grad_a),
+                FisherDiag(scores[2 * i + 1], diag.as_strided(*b), grad_b),
             )
         )
     return results

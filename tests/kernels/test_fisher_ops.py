@@ -61,9 +61,56 @@ def test_what_cannot_be_taken_is_refused_by_name(body, error, words, arguments):
         ),
     ],
 )
-def test_what_cannot_be_taken_of_a_lora_module_is_refused_by_name(error, words, arguments):
-    with pytest.raises(error, match=words):
+@pytest.mark.parametrize("body", ["reference", "cpp"])
+def test_what_cannot_be_taken_of_a_lora_module_is_refused_by_name(body, error, words, arguments):
+    with use_backend(body), pytest.raises(error, match=words):
         lora_fisher_diag(*arguments)
+
+
+BAD_OFFSETS = {  # cu_seqlens of 15 tokens: what is wrong with them
+    "late": [1, 5, 15],
+    "early": [0, 5, 14],
+    "beyond": [0, 5, 16],
+    "falling": [0, 10, 5, 15],
+    "negative": [0, -5, 15],
+}
+
+
+@pytest.mark.parametrize("body", ["reference", "cpp"])
+@pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=BAD_OFFSETS)
+def test_bad_offsets_of_a_lora_module_are_refused(body, offsets):
+    flat = [t.flatten(0, 1) for t in LORA]
+    with use_backend(body), pytest.raises(ValueError, match="cu_seqlens: values must rise from 0 to 15"):
+        lora_fisher_diag(*flat, torch.tensor(offsets, dtype=torch.int32))
+
+
+CHANGES = {  # of one of a pair's tensors
+    "fewer samples": (ValueError, lambda t: t[1:]),
+    "fewer tokens": (ValueError, lambda t: t[:, 1:]),
+    "flat": (ValueError, lambda t: t.flatten(0, 1)),
+    "other dtype": ((TypeError, ValueError), lambda t: t.half()),
+    "other device": ((TypeError, ValueError), lambda t: t.to("meta")),
+    "no tensor": (TypeError, lambda t: t.tolist()),
+}
+
+
+@pytest.mark.parametrize("body", ["reference", "cpp"])
+@pytest.mark.parametrize("listed", [False, True], ids=["one", "list"])
+@pytest.mark.parametrize("place", range(1, 4), ids=["h", "grad_h", "grad_y"])
+@pytest.mark.parametrize(("error", "change"), CHANGES.values(), ids=CHANGES)
+def test_every_tensor_of_a_lora_module_is_checked(body, listed, place, error, change):
+    tensors = list(LORA)
+    tensors[place] = change(tensors[place])
+    arguments = [tensors[0], *([t] for t in tensors[1:])] if listed else tensors
+    with use_backend(body), pytest.raises(error, match=r"^(h|grad_h|grad_y)(\[0\])?: "):
+        lora_fisher_diag(*arguments)
+
+
+@pytest.mark.parametrize("body", ["reference", "cpp"])
+def test_offsets_of_a_lora_module_on_another_device_are_refused(body):
+    flat = [t.flatten(0, 1) for t in LORA]
+    with use_backend(body), pytest.raises(ValueError, match=r"cu_seqlens: .* on meta"):
+        lora_fisher_diag(*flat, torch.tensor([0, 5, 15], dtype=torch.int32).to("meta"))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +126,11 @@ def test_what_cannot_be_taken_of_a_lora_module_is_refused_by_name(error, words, 
 def test_the_registered_op_checks_what_would_make_it_read_elsewhere(words, arguments):
     with pytest.raises(RuntimeError, match=words):
         torch.ops.fibecfed.fisher_diag(*arguments)
+
+
+def test_the_registered_op_takes_no_matrices_for_batches():
+    with pytest.raises(RuntimeError, match=r"wanted tensors \(N, T, features\)"):
+        torch.ops.fibecfed.fisher_diag(FLAT_X, FLAT_GRAD_Y, None, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

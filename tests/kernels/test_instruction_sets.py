@@ -56,6 +56,26 @@ def test_fisher(instruction_set: str, samples: int, tokens: int, d_in: int, d_ou
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fisher_of_every_number_of_rows_that_a_tile_may_leave(instruction_set: str, dtype: torch.dtype) -> None:
+    for rank in range(1, 20):
+        x, grad_y = fisher_inputs(3, 5, 41, rank, dtype)
+        for found, truth in zip(fisher_diag(x, grad_y, weight_grad=True), fisher_truth(x, grad_y), strict=True):
+            assert found is not None
+            assert_near(found, truth, "fisher")
+
+
+def test_infinities_of_float16_stay_what_they_are(instruction_set: str) -> None:
+    x, grad_y = torch.ones(4, 1, 41, dtype=torch.float16), torch.ones(4, 1, 3, dtype=torch.float16)
+    for place in (0, 40):  # whole vectors, and what is left of a row
+        for tensor, at in ((x, place), (grad_y, place % 3)):
+            for value in (torch.inf, -torch.inf, torch.nan):
+                changed = tensor.clone()
+                changed[2, 0, at] = value
+                found = fisher_diag(changed if tensor is x else x, changed if tensor is grad_y else grad_y)
+                assert found.scores.isfinite().tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_score_has_the_same_bits_alone_and_in_a_packed_batch(instruction_set: str, dtype: torch.dtype) -> None:
     lengths = [5, 0, 63, 1, 17]
     offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
