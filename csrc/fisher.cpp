@@ -177,7 +177,8 @@ Fisher fisher(
     score_parts += of.score_parts;
   }
   using fibecfed::empty_floats;
-  Fisher result{empty_floats(scores_shape), empty_floats(shape), empty_floats(weight_grad ? shape : std::vector<int64_t>{0})};
+  const std::vector<int64_t> none{0};
+  Fisher result{empty_floats(scores_shape), empty_floats(shape), empty_floats(weight_grad ? shape : none)};
   float* diag = result.diag.mutable_data_ptr<float>();
   float* grad = weight_grad ? result.weight_grad.mutable_data_ptr<float>() : nullptr;
 

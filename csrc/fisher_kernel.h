@@ -83,7 +83,8 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
       const int64_t count = left < tile_width ? left : tile_width;
       const int64_t vectors = (count + kLanes - 1) / kLanes, width = vectors * kLanes;
       // What several register tiles read is converted once, and lies closer together than in the operand.
-      const bool in_place = count == width && task.rows <= 2 * kRows && (FIBECFED_FMA || task.wide.dtype == Dtype::float32);
+      const bool in_place =
+          count == width && task.rows <= 2 * kRows && (FIBECFED_FMA || task.wide.dtype == Dtype::float32);
       if (!in_place) load(as_pairs, task.wide, token, tokens, task.column + column, count, width, scratch.wide);
       const void* wide = in_place ? address(task.wide, token, task.column + column) : scratch.wide;
       for (int64_t row = 0; row < task.rows; row += kRows) {
