@@ -183,9 +183,8 @@ Fisher fisher(
   float* grad = weight_grad ? result.weight_grad.mutable_data_ptr<float>() : nullptr;
 
   // Group 0 writes to the result, the others to their own copy, which is added in order below.
-  const std::optional<Tensor> copies =
-      groups > 1 ? std::optional(empty_floats({(groups - 1) * numel * (weight_grad ? 2 : 1)})) : std::nullopt;
-  float* const copy = copies ? copies->mutable_data_ptr<float>() : nullptr;
+  Tensor copies = empty_floats({(groups - 1) * numel * (weight_grad ? 2 : 1)});
+  float* const copy = copies.mutable_data_ptr<float>();
   const auto group_diag = [&](int64_t g) { return g == 0 ? diag : copy + (g - 1) * numel; };
   const auto group_grad = [&](int64_t g) { return g == 0 ? grad : copy + (groups - 1 + g - 1) * numel; };
   const std::unique_ptr<double[]> parts(new double[samples * score_parts]);
