@@ -16,6 +16,7 @@ from .fisher_peers import Found, Pair, make_pair, providers, truth
 WIDTHS = {"MiniLM": 384, "RoBERTa-large": 1024, "LLaMA-7B": 4096}
 RANKS, TOKENS, SAMPLES = (4, 8, 16, 64), (32, 128, 512, 2048), (1, 8, 32)
 FEW = [  # (model, N, T, r)
+    ("MiniLM", 1, 32, 16),
     ("MiniLM", 32, 32, 8),
     ("RoBERTa-large", 8, 128, 8),
     ("RoBERTa-large", 32, 128, 8),
