@@ -8,20 +8,16 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fibecfed import clip_sample_gradients
 from fibecfed.losses import classification_loss
 
 from .comparison import Comparison, Provider, Work, relative_error
+from .dp_peers import Sums, opacus_ghost, opacus_hooks, trained
 from .minilm import BATCH, Batch, Job, job
 
 TOLERANCE = 1e-4
-Sums = list[Tensor]
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -73,57 +69,6 @@ def plain(of: Job, batch: Batch) -> Callable[[], Sums]:
     return call
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
-def opacus_hooks(of: Job, batch: Batch, max_norm: float) -> Callable[[], Sums]:
-    """Per-sample gradients of what is trained, held in memory."""
-    from opacus import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
-    model = without_dropout(of.model)
-    wrapped = GradSampleModule(model, loss_reduction="sum")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(trained(model), lr=0.0),
-        noise_multiplier=0.0, max_grad_norm=max_norm, expected_batch_size=1, loss_reduction="sum",
-    )  # fmt: skip
-
-    def call() -> Sums:
-        optimizer.zero_grad()
-        logits = wrapped(**_inputs(batch)).logits
-        nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").backward()
-        optimizer.pre_step()
-        return [p.grad for p in trained(model)]
-
-    return call
-
-
-def opacus_ghost(of: Job, batch: Batch, max_norm: float) -> Callable[[], Sums]:
-    """Norms by Gram matrices, then a second backward pass of the weighted losses."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    from opacus.optimizers import DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-
-    model = without_dropout(of.model)
-    wrapped = GradSampleModuleFastGradientClipping(
-        model, loss_reduction="sum", max_grad_norm=max_norm, use_ghost_clipping=True
-    )
-    optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(trained(model), lr=0.0),
-        noise_multiplier=0.0, max_grad_norm=max_norm, expected_batch_size=1, loss_reduction="sum",
-    )  # fmt: skip
-    criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
-
-    def call() -> Sums:
-        optimizer.zero_grad()
-        logits = wrapped(**_inputs(batch)).logits
-        criterion(logits, batch["labels"]).backward()
-        return [p.grad for p in trained(model)]
-
-    return call
-
-
 def test_clipped_sum(compare: Comparison, device: torch.device) -> None:
     of = job(device)
     batch = of.middle
@@ -138,8 +83,8 @@ def test_clipped_sum(compare: Comparison, device: torch.device) -> None:
 
     calls = {"fibecfed": ours(of, batch, max_norm), "batch-of-1 loop": loop(of, batch, max_norm)}
     if find_spec("opacus") is not None:
-        calls["Opacus, hooks"] = opacus_hooks(of, batch, max_norm)
-        calls["Opacus, fast gradient clipping"] = opacus_ghost(of, batch, max_norm)
+        calls["Opacus, hooks"] = opacus_hooks(without_dropout(of.model), batch, max_norm)
+        calls["Opacus, fast gradient clipping"] = opacus_ghost(without_dropout(of.model), batch, max_norm)
     providers = {name: Provider(call, error) for name, call in calls.items()}
     providers["the same step without clipping"] = Provider(plain(of, batch))
     flop = of.flop(int(batch["attention_mask"].sum()))

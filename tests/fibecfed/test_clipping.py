@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.dp_peers import opacus_ghost, opacus_hooks
 from fibecfed import FlatAdapter, clip_sample_gradients
 from tests.fibecfed.test_capture import assert_close
 from tests.fibecfed.tiny import KINDS, batch, fill_b, sample, tiny
@@ -82,53 +80,18 @@ def test_the_clipped_sum_is_that_of_the_batch_of_one_loop(
             assert_close(p.grad, truth[name], 1e-5)
 
 
-def opacus_by_hooks(model: nn.Module, whole: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
-    wrapped = GradSampleModule(model, loss_reduction="sum")
-    optimizer = DPOptimizer(
-        torch.optim.SGD(list(trained(model).values()), lr=0.0),
-        noise_multiplier=0.0,
-        max_grad_norm=max_norm,
-        expected_batch_size=1,
-        loss_reduction="sum",
-    )
-    logits = wrapped(**{k: v for k, v in whole.items() if k != "labels"}).logits
-    nn.functional.cross_entropy(logits, whole["labels"], reduction="sum").backward()
-    optimizer.pre_step()
-    return {name: p.grad for name, p in trained(model).items() if p.grad is not None}
-
-
-def opacus_ghost(model: nn.Module, whole: dict[str, Tensor], max_norm: float) -> dict[str, Tensor]:
-    wrapped = GradSampleModuleFastGradientClipping(
-        model, loss_reduction="sum", max_grad_norm=max_norm, use_ghost_clipping=True
-    )
-    optimizer = DPOptimizerFastGradientClipping(
-        torch.optim.SGD(list(trained(model).values()), lr=0.0),
-        noise_multiplier=0.0,
-        max_grad_norm=max_norm,
-        expected_batch_size=1,
-        loss_reduction="sum",
-    )
-    criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
-    logits = wrapped(**{k: v for k, v in whole.items() if k != "labels"}).logits
-    criterion(logits, whole["labels"]).backward()
-    return {name: p.grad for name, p in trained(model).items() if p.grad is not None}
-
-
 @pytest.mark.parametrize("which", NORMS)
-@pytest.mark.parametrize("peer", [opacus_by_hooks, opacus_ghost])
+@pytest.mark.parametrize("peer", [opacus_hooks, opacus_ghost])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_clipped_sum_is_that_of_opacus(
-    kind: str, peer: Callable[[nn.Module, dict[str, Tensor], float], dict[str, Tensor]], which: float | str
-) -> None:
+def test_the_clipped_sum_is_that_of_opacus(kind: str, peer: Any, which: float | str) -> None:
     model, whole = tiny(kind), batch()
     max_norm = norm_of(which, own_gradients(model, whole))
-    theirs = peer(copy.deepcopy(model).train(), whole, max_norm)  # Opacus records in training mode alone
+    theirs = peer(copy.deepcopy(model).train(), whole, max_norm)()
     with clip_sample_gradients(model, max_norm):
         model(**whole).loss.backward()
-    assert theirs.keys() == trained(model).keys()
-    for name, p in trained(model).items():
+    for p, wanted in zip(trained(model).values(), theirs, strict=True):
         assert p.grad is not None
-        assert_close(p.grad, theirs[name].double(), 1e-5)
+        assert_close(p.grad, wanted.double(), 1e-5)
 
 
 def test_a_sum_a_scaled_loss_and_accumulation_give_the_same_clipped_sum() -> None:
