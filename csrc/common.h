@@ -18,11 +18,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A new float32 tensor on the CPU, past the dispatcher, which would be looked up by the op's name each time.
+// (Checked by the macro that torch 2.11 has; the one with STABLE_ before its name is younger.)
 inline Tensor empty_floats(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
