@@ -50,7 +50,7 @@ static void load(
 
 static inline RegisterTile tile_of(bool as_pairs, bool in_place, Dtype dtype, int rows, int64_t vectors) {
 #if FIBECFED_BF16
-  if (as_pairs) return in_place ? pair_tile_of<false>(rows, vectors) : pair_tile_of<true>(rows, vectors);
+  if (as_pairs) return in_place ? tile_of<Pairs<false>>(rows, vectors) : tile_of<Pairs<true>>(rows, vectors);
 #endif
   return tile_of(in_place ? dtype : Dtype::float32, rows, vectors);
 }

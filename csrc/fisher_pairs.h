@@ -78,23 +78,8 @@ static void pair_tile(
   }
 }
 
-template <bool packed, int vectors>
-static inline RegisterTile pair_tile_of_rows(int rows) {
-  switch (rows) {
-    case 1: return pair_tile<packed, 1, vectors>;
-    case 2: return pair_tile<packed, 2, vectors>;
-    case 3: return pair_tile<packed, 3, vectors>;
-    case 4: return pair_tile<packed, 4, vectors>;
-    case 5: return pair_tile<packed, 5, vectors>;
-    case 6: return pair_tile<packed, 6, vectors>;
-    case 7: return pair_tile<packed, 7, vectors>;
-    default: return pair_tile<packed, kRows, vectors>;
-  }
-}
-
 template <bool packed>
-static inline RegisterTile pair_tile_of(int rows, int64_t vectors) {
-  return vectors == 1   ? pair_tile_of_rows<packed, 1>(rows)
-         : vectors == 2 ? pair_tile_of_rows<packed, 2>(rows)
-                        : pair_tile_of_rows<packed, kVectors>(rows);
-}
+struct Pairs {
+  template <int rows, int vectors>
+  static constexpr RegisterTile tile = pair_tile<packed, rows, vectors>;
+};

@@ -106,33 +106,40 @@ static void register_tile(
 
 typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, int64_t, bool, Ahead*);
 
-template <class Element, int vectors>
+template <class Element>
+struct Values {
+  template <int rows, int vectors>
+  static constexpr RegisterTile tile = register_tile<Element, rows, vectors>;
+};
+
+// Tile::tile<rows, vectors> for numbers that are known when running.
+template <class Tile, int vectors>
 static inline RegisterTile tile_of_rows(int rows) {
   switch (rows) {
-    case 1: return register_tile<Element, 1, vectors>;
-    case 2: return register_tile<Element, 2, vectors>;
-    case 3: return register_tile<Element, 3, vectors>;
+    case 1: return Tile::template tile<1, vectors>;
+    case 2: return Tile::template tile<2, vectors>;
+    case 3: return Tile::template tile<3, vectors>;
 #if FIBECFED_LANES == 16
-    case 4: return register_tile<Element, 4, vectors>;
-    case 5: return register_tile<Element, 5, vectors>;
-    case 6: return register_tile<Element, 6, vectors>;
-    case 7: return register_tile<Element, 7, vectors>;
+    case 4: return Tile::template tile<4, vectors>;
+    case 5: return Tile::template tile<5, vectors>;
+    case 6: return Tile::template tile<6, vectors>;
+    case 7: return Tile::template tile<7, vectors>;
 #endif
-    default: return register_tile<Element, kRows, vectors>;
+    default: return Tile::template tile<kRows, vectors>;
   }
 }
 
-template <class Element>
+template <class Tile>
 static inline RegisterTile tile_of(int rows, int64_t vectors) {
-  return vectors == 1   ? tile_of_rows<Element, 1>(rows)
-         : vectors == 2 ? tile_of_rows<Element, 2>(rows)
-                        : tile_of_rows<Element, kVectors>(rows);
+  return vectors == 1   ? tile_of_rows<Tile, 1>(rows)
+         : vectors == 2 ? tile_of_rows<Tile, 2>(rows)
+                        : tile_of_rows<Tile, kVectors>(rows);
 }
 
 static inline RegisterTile tile_of(Dtype dtype, int rows, int64_t vectors) {
 #if FIBECFED_FMA
-  if (dtype == Dtype::bfloat16) return tile_of<Bfloat16>(rows, vectors);
-  if (dtype == Dtype::float16) return tile_of<Float16>(rows, vectors);
+  if (dtype == Dtype::bfloat16) return tile_of<Values<Bfloat16>>(rows, vectors);
+  if (dtype == Dtype::float16) return tile_of<Values<Float16>>(rows, vectors);
 #endif
-  return tile_of<float>(rows, vectors);
+  return tile_of<Values<float>>(rows, vectors);
 }

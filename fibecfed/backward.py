@@ -7,6 +7,8 @@ Consumers are :class:`fibecfed.capture_fisher`, which makes scores, diagonals an
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -15,20 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fibecfed_kernels import backend, use_backend
+from fibecfed_kernels import LoraFisherDiag, backend, use_backend
 
 from .lora import HeadLinear, LoraPair, lora_pairs
+from .sharing import Seen, SharedInputs
+
+Forward = Callable[[Tensor], Tensor]
 
 
 class FisherCaptureError(RuntimeError):
     """What was seen during the backward is not what was expected; the message names the module."""
 
 
-class LoraBackward:
+class LoraBackward(ABC):
     """Base of the context managers: patches the modules, counts what it sees, and puts everything back.
 
-    Arguments and errors are those of :class:`fibecfed.capture_fisher`. A consumer defines ``_pair_backward``,
-    ``_head_backward`` if it lists ``_heads``, and ``_finish``.
+    Arguments and errors are those of :class:`fibecfed.capture_fisher`. A consumer takes what the kernel found of each
+    pair (``_take``) and makes its results at the end (``_finish``); one that wants the pairs' gradients in the backward
+    itself, or other modules than LoRA's, overrides ``_pair_backward``, or ``_find_heads`` and ``_patches``.
     """
 
     def __init__(
@@ -56,66 +62,72 @@ class LoraBackward:
         self._pairs: list[LoraPair] = []
         self._heads: list[HeadLinear] = []
         self._counts: dict[LoraPair | HeadLinear, int] = {}
+        self._patched: dict[nn.Linear, Forward] = {}
+        self._shared = SharedInputs(self._take)
 
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
             raise FisherCaptureError(f"{self._what}: inference mode is on, in which nothing has a gradient")
         self._pairs = lora_pairs(self.model)
         self._heads = self._find_heads()
-        if any("forward" in linear.__dict__ for linear in self._linears()):
+        self._patched = self._patches()
+        if any("forward" in linear.__dict__ for linear in self._patched):
             raise FisherCaptureError(f"{self._what}: blocks cannot be nested")
-        self._counts = {}
-        for pair in self._pairs:
-            stash: dict[str, Tensor] = {}
+        self._counts, self._shared = {}, SharedInputs(self._take)
+        for linear, forward in self._patched.items():
             # an instance attribute, so that forward hooks, names and state_dict of the modules stay what they are
-            pair.a.forward = self._forward_a(pair, stash)  # type: ignore[method-assign]
-            pair.b.forward = self._forward_b(pair, stash)  # type: ignore[method-assign]
-        for head in self._heads:
-            head.linear.forward = self._forward_head(head)  # type: ignore[method-assign]
+            linear.forward = forward  # type: ignore[assignment,method-assign]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for linear in self._linears():
+        for linear in self._patched:
             del linear.forward
-        if kind is None:
-            samples = self._check_counts()
-            # ∂(mean loss) is 1/N of the sample's own gradient, and a loss scale S makes it S times as large
-            self._finish((samples if self.reduction == "mean" else 1) / self.loss_scale)
+        try:
+            if kind is None:
+                samples = self._check_counts()
+                self._shared.flush()
+                # ∂(mean loss) is 1/N of the sample's own gradient, and a loss scale S makes it S times as large
+                self._finish((samples if self.reduction == "mean" else 1) / self.loss_scale)
+        finally:
+            self._shared = SharedInputs(self._take)  # lets go of what an error left open
 
-    def _find_heads(self) -> list[HeadLinear]:
-        return []
+    @abstractmethod
+    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+        """What the kernel found of a pair; called for each pair before ``_finish``."""
 
-    def _pair_backward(
-        self, pair: LoraPair, x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Takes a pair's tensors, (N, T, features) or packed; returns the gradients of A and B, if it has them."""
-        raise NotImplementedError
-
-    def _head_backward(self, head: HeadLinear, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Takes a trainable linear's tensors; in a packed batch they may be packed too, or one row a sample."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _finish(self, scale: float) -> None:
         """All modules were seen; a sample's own gradient is ``scale`` times what the backward saw."""
-        raise NotImplementedError
+
+    def _pair_backward(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of A and B, if they are to leave through autograd: here none, so pairs may share a launch."""
+        self._shared.add(seen, backend(seen.x.device), self.cu_seqlens)
+        return None, None
+
+    def _find_heads(self) -> list[HeadLinear]:
+        """Modules beside LoRA's that are to be seen as well."""
+        return []
+
+    def _patches(self) -> dict[nn.Linear, Forward]:
+        """The forward that each module gets inside the block."""
+        patches: dict[nn.Linear, Forward] = {}
+        for pair in self._pairs:
+            stash: dict[str, Tensor] = {}
+            patches[pair.a] = self._forward_a(pair, stash)
+            patches[pair.b] = self._forward_b(pair, stash)
+        return patches
 
     @property
     def _what(self) -> str:
         return type(self).__name__
 
-    def _linears(self) -> list[nn.Linear]:
-        return [linear for pair in self._pairs for linear in (pair.a, pair.b)] + [head.linear for head in self._heads]
-
-    def _forward_a(self, pair: LoraPair, stash: dict[str, Tensor]) -> Any:
+    def _forward_a(self, pair: LoraPair, stash: dict[str, Tensor]) -> Forward:
         return lambda x: _LoraA.apply(x, pair.a.weight, pair.b.weight, self, pair, stash)
 
-    def _forward_b(self, pair: LoraPair, stash: dict[str, Tensor]) -> Any:
+    def _forward_b(self, pair: LoraPair, stash: dict[str, Tensor]) -> Forward:
         return lambda h: _LoraB.apply(h, pair.b.weight.detach(), stash)
-
-    def _forward_head(self, head: HeadLinear) -> Any:
-        return lambda x: _Head.apply(x, head.linear.weight, head.linear.bias, self, head)
 
     def _count(self, module: LoraPair | HeadLinear, x: Tensor) -> None:
         if module in self._counts:
@@ -146,14 +158,14 @@ class LoraBackward:
         return samples
 
 
-def _as_batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def as_batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(N, T, d) from a module's tensor: (N, d) is one token a sample; with cu_seqlens (total, d)."""
     if cu_seqlens is not None:
         return tensor.reshape(-1, tensor.shape[-1])
     return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
 
 
-def _backend_of(x: Tensor) -> Any:
+def backend_of(x: Tensor) -> Any:
     """The body asked for where the forward ran: the backward may run on autograd's own thread, which knows no `with`
     of ours."""
     return backend(x.device) if not torch.is_inference_mode_enabled() else None
@@ -191,7 +203,7 @@ class _LoraA(torch.autograd.Function):
         h = F.linear(x, a)
         # autograd keeps what the product read: x in h's dtype
         ctx.save_for_backward(x.to(h.dtype), a)
-        ctx.taker, ctx.pair, ctx.stash, ctx.x_dtype, ctx.backend = taker, pair, stash, x.dtype, _backend_of(x)
+        ctx.taker, ctx.pair, ctx.stash, ctx.x_dtype, ctx.backend = taker, pair, stash, x.dtype, backend_of(x)
         return h
 
     @staticmethod
@@ -202,50 +214,12 @@ class _LoraA(torch.autograd.Function):
         if "grad_y" not in stash:
             raise FisherCaptureError(f"{ctx.pair.name}: A's output did not go into B alone")
         h, grad_y = stash.pop("h"), stash.pop("grad_y")
-        x_n, h_n, grad_h_n, grad_y_n = (_as_batch(t.to(x.dtype), taker.cu_seqlens) for t in (x, h, grad_h, grad_y))
+        x_n, h_n, grad_h_n, grad_y_n = (as_batch(t.to(x.dtype), taker.cu_seqlens) for t in (x, h, grad_h, grad_y))
         taker._count(ctx.pair, x_n)
         with use_backend(ctx.backend):
-            grad_a, grad_b = taker._pair_backward(ctx.pair, x_n, h_n, grad_h_n, grad_y_n)
+            grad_a, grad_b = taker._pair_backward(Seen(ctx.pair, x_n, h_n, grad_h_n, grad_y_n))
         grad_x = None
         if ctx.needs_input_grad[0]:
             with torch.autocast(grad_h.device.type, enabled=False):
                 grad_x = (grad_h.to(x.dtype) @ a.to(x.dtype)).to(ctx.x_dtype)
         return grad_x, grad_a, grad_b, None, None, None
-
-
-class _Head(torch.autograd.Function):
-    """y = x Wᵀ + b of a trainable linear module outside LoRA. W and b are inputs, so that y has a gradient without x's
-    having one; theirs are the taker's to make."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taker: LoraBackward, head: HeadLinear
-    ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x.to(y.dtype), weight)
-        ctx.taker, ctx.head, ctx.x_dtype, ctx.x_shape, ctx.backend = taker, head, x.dtype, x.shape, _backend_of(x)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        cu_seqlens = ctx.taker.cu_seqlens
-        if x.dim() < 2:
-            raise FisherCaptureError(f"{ctx.head.name}: its input is {tuple(x.shape)}, wanted the samples on an axis")
-        if cu_seqlens is not None and (rows := x.shape[:-1].numel()) == cu_seqlens.numel() - 1:
-            if rows == int(cu_seqlens[-1]) and bool((cu_seqlens.diff() != 1).any()):
-                raise FisherCaptureError(
-                    f"{ctx.head.name}: its {rows} rows may be the tokens or the samples, as there are empty samples; "
-                    "leave those out"
-                )
-            x, grad_y, cu_seqlens = x.flatten(0, -2), grad_y.flatten(0, -2), None  # behind a pooling: a row a sample
-        x_n, grad_y_n = (_as_batch(t, cu_seqlens) for t in (x, grad_y))
-        ctx.taker._count(ctx.head, x_n)
-        with use_backend(ctx.backend):
-            ctx.taker._head_backward(ctx.head, x_n, grad_y_n, cu_seqlens)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            with torch.autocast(grad_y.device.type, enabled=False):
-                grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, None, None, None, None

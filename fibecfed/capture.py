@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fibecfed_kernels import LoraFisherDiag, backend, lora_fisher_diag
+from fibecfed_kernels import LoraFisherDiag, lora_fisher_diag
 
 from .backward import FisherCaptureError, LoraBackward
 from .lora import LoraPair
-from .sharing import Seen, SharedInputs
+from .sharing import Seen
 
 __all__ = ["FisherCaptureError", "capture_fisher"]
 
@@ -31,9 +31,9 @@ class capture_fisher(LoraBackward):
 
     With g_n the gradient of sample n's own loss by all LoRA parameters: ``scores[n] = ‖g_n‖²`` (N,), the trace of that
     sample's empirical Fisher diagonal, ``module_scores[module]`` (N,) its parts, and ``diagonal[name] = Σ_n g_n²`` in
-    the parameter's shape, all float32. The
-    ordinary gradients (``.grad``) are made by the same kernel and are what they would be without the block; so is the
-    loss. Task heads and other trainable parameters get their gradients but are not scored.
+    the parameter's shape, all float32. The ordinary gradients (``.grad``) are made by the same kernel and are what they
+    would be without the block; so is the loss. Task heads and other trainable parameters get their gradients but are
+    not scored.
 
     Args:
         model: a PEFT model with LoRA on nn.Linear modules.
@@ -73,7 +73,6 @@ class capture_fisher(LoraBackward):
         super().__init__(model, reduction, loss_scale=loss_scale, cu_seqlens=cu_seqlens, num_samples=num_samples)
         self.weight_grad = weight_grad
         self._found: dict[LoraPair, LoraFisherDiag] = {}
-        self._shared = SharedInputs(self._take)
         self._scores: Tensor | None = None
         self._module_scores: dict[str, Tensor] = {}
         self._diagonal: dict[str, Tensor] | None = None
@@ -100,24 +99,19 @@ class capture_fisher(LoraBackward):
 
     def __enter__(self) -> capture_fisher:
         self._found, self._scores, self._diagonal = {}, None, None
-        self._shared = SharedInputs(self._take)
         return super().__enter__()
 
-    def _pair_backward(
-        self, pair: LoraPair, x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _pair_backward(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
         if not self.weight_grad:
-            self._shared.add(Seen(pair, x, h, grad_h, grad_y), backend(x.device), self.cu_seqlens)
-            return None, None
-        found = lora_fisher_diag(x, h, grad_h, grad_y, self.cu_seqlens, weight_grad=True)
-        self._found[pair] = found
+            return super()._pair_backward(seen)
+        found = lora_fisher_diag(*seen[1:], self.cu_seqlens, weight_grad=True)
+        self._take(seen, found)
         return found.a.weight_grad, found.b.weight_grad
 
     def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
         self._found[seen.pair] = found
 
     def _finish(self, scale: float) -> None:
-        self._shared.flush()
         factor = scale**2  # of squares
         found = [self._found[pair] for pair in self._pairs]
         parts = torch.stack([part.scores for f in found for part in f]) * factor

@@ -11,15 +11,17 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fibecfed_kernels import LoraFisherDiag, backend, clipped_grad, fisher_diag
+from fibecfed_kernels import LoraFisherDiag, clipped_grad, fisher_diag, use_backend
 
-from .backward import FisherCaptureError, LoraBackward
+from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of
 from .lora import HeadLinear, LoraPair, UnsupportedModuleError, trainable_linears
-from .sharing import Seen, SharedInputs
+from .sharing import Seen
 
 SMALLEST_NORM = 1e-14  # of what a backward brings: the squares of a thousandth of it are still float32 numbers
 
@@ -80,7 +82,6 @@ class clip_sample_gradients(LoraBackward):
         super().__init__(model, reduction, loss_scale=loss_scale, cu_seqlens=cu_seqlens, num_samples=num_samples)
         self.max_norm = checked_number("max_norm", max_norm, positive=True)
         self._kept: list[_Kept] = []
-        self._shared = SharedInputs(self._take)
         self._scores: Tensor | None = None
         self._factors: Tensor | None = None
         self._hooks: list[Any] = []
@@ -101,7 +102,6 @@ class clip_sample_gradients(LoraBackward):
 
     def __enter__(self) -> clip_sample_gradients:
         self._kept, self._scores, self._factors = [], None, None
-        self._shared = SharedInputs(self._take)
         super().__enter__()
         # autograd itself must bring no gradient to any of them: it would not be clipped
         self._hooks = [p.register_hook(_refuse(n)) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -115,16 +115,16 @@ class clip_sample_gradients(LoraBackward):
         try:
             super().__exit__(kind, error, trace)
         finally:
-            self._kept, self._hooks, self._shared = [], [], SharedInputs(self._take)
+            self._kept, self._hooks = [], []
 
     def _find_heads(self) -> list[HeadLinear]:
         return clippable_heads(self.model, self._pairs)
 
-    def _pair_backward(
-        self, pair: LoraPair, x: Tensor, h: Tensor, grad_h: Tensor, grad_y: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        self._shared.add(Seen(pair, x, h, grad_h, grad_y), backend(x.device), self.cu_seqlens)
-        return None, None
+    def _patches(self) -> dict[nn.Linear, Forward]:
+        return {**super()._patches(), **{head.linear: self._forward_head(head) for head in self._heads}}
+
+    def _forward_head(self, head: HeadLinear) -> Forward:
+        return lambda x: _Head.apply(x, head.linear.weight, head.linear.bias, self, head)
 
     def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
         a, b = seen.pair.a.weight, seen.pair.b.weight
@@ -132,6 +132,7 @@ class clip_sample_gradients(LoraBackward):
         self._kept.append(_Kept(b, None, seen.h, seen.grad_y, self.cu_seqlens, found.b.scores))
 
     def _head_backward(self, head: HeadLinear, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Takes a trainable linear's tensors; in a packed batch they may be packed too, or one row a sample."""
         weight, bias = (
             p if p is not None and p.requires_grad else None for p in (head.linear.weight, head.linear.bias)
         )
@@ -140,7 +141,6 @@ class clip_sample_gradients(LoraBackward):
         self._kept.append(_Kept(weight, bias, x, grad_y, cu_seqlens, fisher_diag(x, grad_y, cu_seqlens).scores))
 
     def _finish(self, scale: float) -> None:
-        self._shared.flush()
         if scale * SMALLEST_NORM > self.max_norm:
             raise ValueError(
                 f"loss_scale: {self.loss_scale!r} makes gradients of norm {self.max_norm} (max_norm) too small to be "
@@ -161,6 +161,44 @@ class clip_sample_gradients(LoraBackward):
                 total = total[:, :-1]
             if kept.weight is not None:
                 accumulate(kept.weight, total)
+
+
+class _Head(torch.autograd.Function):
+    """y = x Wᵀ + b of a trainable linear module outside LoRA. W and b are inputs, so that y has a gradient without x's
+    having one; theirs are the taker's to make."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, taker: clip_sample_gradients, head: HeadLinear
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(x.to(y.dtype), weight)
+        ctx.taker, ctx.head, ctx.x_dtype, ctx.x_shape, ctx.backend = taker, head, x.dtype, x.shape, backend_of(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        cu_seqlens = ctx.taker.cu_seqlens
+        if x.dim() < 2:
+            raise FisherCaptureError(f"{ctx.head.name}: its input is {tuple(x.shape)}, wanted the samples on an axis")
+        if cu_seqlens is not None and (rows := x.shape[:-1].numel()) == cu_seqlens.numel() - 1:
+            if rows == int(cu_seqlens[-1]) and bool((cu_seqlens.diff() != 1).any()):
+                raise FisherCaptureError(
+                    f"{ctx.head.name}: its {rows} rows may be the tokens or the samples, as there are empty samples; "
+                    "leave those out"
+                )
+            x, grad_y, cu_seqlens = x.flatten(0, -2), grad_y.flatten(0, -2), None  # behind a pooling: a row a sample
+        x_n, grad_y_n = (as_batch(t, cu_seqlens) for t in (x, grad_y))
+        ctx.taker._count(ctx.head, x_n)
+        with use_backend(ctx.backend):
+            ctx.taker._head_backward(ctx.head, x_n, grad_y_n, cu_seqlens)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            with torch.autocast(grad_y.device.type, enabled=False):
+                grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype).view(ctx.x_shape)
+        return grad_x, None, None, None, None
 
 
 def clippable_heads(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinear]:
