@@ -188,7 +188,7 @@ class _LoraB(torch.autograd.Function):
         ctx.stash["h"], ctx.stash["grad_y"] = h, grad_y
         b = b.to(grad_y.dtype).t()
         if not grad_y.is_cuda:
-            b = b.contiguous()  # on the CPU this product of few columns is a third faster so
+            b = b.contiguous()  # faster on the CPU, where the product has few columns
         with torch.autocast(grad_y.device.type, enabled=False):
             return F.linear(grad_y, b).to(h.dtype), None, None
 
