@@ -68,29 +68,31 @@ WIRE_LOOPS(BFloat16)
 WIRE_LOOPS(Float16)
 #undef WIRE_LOOPS
 
-// Rows whose largest magnitude is below 127 · 2^-126 (the scale would be subnormal) are sent as zeros, scale 0.
-inline constexpr float kSmallestMaximum = 127.0f * 0x1p-126f;
+#define WIRE_INLINE __attribute__((always_inline)) inline
+
+// Integers with one scale a row: levels 127 for int8, 7 for int4. Rows whose largest magnitude is below levels · 2^-126
+// (the scale would be subnormal) are sent as zeros, scale 0.
+template <int kLevels>
+WIRE_INLINE void quantize(const float* x, int8_t* q, float* scale, size_t n) {
+  uint32_t largest = 0;  // as integers, NaN is above infinity is above every number
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t a = bits_of(x[i]) & 0x7FFFFFFF;
+    largest = a > largest ? a : largest;
+  }
+  const float most = float_of(largest);
+  const bool zero = most < kLevels * 0x1p-126f;  // false for NaN, which then shows in the scale
+  const float inverse = zero ? 0.0f : kLevels / most;
+  *scale = zero ? 0.0f : most / kLevels;
+  // q = round(x · inverse), ties to even: 1.5 · 2^23 more has the two's complement of q in the low byte.
+  for (size_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
+}
 
 // int8, row by row. kLength is the row length where the compiler may unroll it, 0 for any other: rows of a LoRA B are as
 // short as its rank, and a loop over 8 values costs more than the values.
-#define WIRE_INLINE __attribute__((always_inline)) inline
-
 template <size_t kLength>
 WIRE_INLINE void quantize_rows_of(const float* x, int8_t* q, float* scale, size_t rows, size_t length) {
   const size_t n = kLength ? kLength : length;
-  for (size_t r = 0; r < rows; ++r, x += n, q += n) {
-    uint32_t largest = 0;  // as integers, NaN is above infinity is above every number
-    for (size_t i = 0; i < n; ++i) {
-      const uint32_t a = bits_of(x[i]) & 0x7FFFFFFF;
-      largest = a > largest ? a : largest;
-    }
-    const float most = float_of(largest);
-    const bool zero = most < kSmallestMaximum;  // false for NaN, which then shows in the scale
-    const float inverse = zero ? 0.0f : 127.0f / most;
-    scale[r] = zero ? 0.0f : most / 127.0f;
-    // q = round(x · inverse), ties to even: 1.5 · 2^23 more has the two's complement of q in the low byte.
-    for (size_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
-  }
+  for (size_t r = 0; r < rows; ++r, x += n, q += n) quantize<127>(x, q, scale + r, n);
 }
 
 template <size_t kLength>
@@ -129,6 +131,58 @@ WIRE_CLONES inline void add_rows(
   WIRE_BY_LENGTH(add_rows_of, q, scale, sum, rows, length, weight)
 }
 #undef WIRE_BY_LENGTH
+
+// int4: blocks of 64 values with one scale each, two values a byte, the first in the low half. The last block of a
+// tensor may be shorter, and is then alone in its line; where its length is odd the last half byte is 0.
+inline constexpr int64_t kBlock = 64;
+
+template <size_t kLength>
+WIRE_INLINE void quantize_block(const float* x, uint8_t* w, float* scale, size_t length) {
+  const size_t n = kLength ? kLength : length;
+  int8_t q[kBlock + 1] = {};
+  quantize<7>(x, q, scale, n);
+  for (size_t i = 0; i < (n + 1) / 2; ++i) w[i] = static_cast<uint8_t>((q[2 * i] & 15) | q[2 * i + 1] << 4);
+}
+
+WIRE_INLINE float low_half(uint8_t w) { return static_cast<float>(static_cast<int8_t>(w << 4) >> 4); }
+WIRE_INLINE float high_half(uint8_t w) { return static_cast<float>(static_cast<int8_t>(w) >> 4); }
+
+WIRE_INLINE void dequantize_block(const uint8_t* w, float scale, float* x, size_t n) {
+  for (size_t i = 0; i < n / 2; ++i) {
+    x[2 * i] = low_half(w[i]) * scale;
+    x[2 * i + 1] = high_half(w[i]) * scale;
+  }
+  if (n % 2) x[n - 1] = low_half(w[n / 2]) * scale;
+}
+
+WIRE_CLONES inline void quantize_blocks(const float* x, uint8_t* w, float* scale, int64_t rows, int64_t length) {
+  if (length != kBlock) {
+    if (rows) quantize_block<0>(x, w, scale, length);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, x += kBlock, w += kBlock / 2) quantize_block<kBlock>(x, w, scale + r, kBlock);
+}
+
+WIRE_CLONES inline void dequantize_blocks(
+    const uint8_t* w, const float* scale, float* x, int64_t rows, int64_t length) {
+  if (length != kBlock) {
+    if (rows) dequantize_block(w, *scale, x, length);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, x += kBlock, w += kBlock / 2) dequantize_block(w, scale[r], x, kBlock);
+}
+
+WIRE_CLONES inline void add_blocks(
+    const uint8_t* w, const float* scale, double* sum, int64_t rows, int64_t length, double weight) {
+  float x[kBlock];
+  for (int64_t r = 0; r < rows; ++r, sum += length, w += kBlock / 2) {
+    if (length == kBlock)
+      dequantize_block(w, scale[r], x, kBlock);
+    else
+      dequantize_block(w, scale[r], x, length);
+    for (int64_t i = 0; i < length; ++i) sum[i] += weight * static_cast<double>(x[i]);
+  }
+}
 
 WIRE_CLONES inline bool any_not_finite(const uint32_t* x, size_t n, uint32_t exponent) {
   uint32_t found = 0;

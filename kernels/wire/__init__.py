@@ -1,8 +1,8 @@
 """Adapters as safetensors messages: packed in one launch, read with nothing trusted, averaged as they arrive."""
 
 from .errors import WireError
-from .format import Message
+from .format import Message, WireDtype
 from .mean import aggregate
 from .plan import WirePlan
 
-__all__ = ["Message", "WireError", "WirePlan", "aggregate"]
+__all__ = ["Message", "WireDtype", "WireError", "WirePlan", "aggregate"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Entry, FlatBuffers
 from .errors import WeightError
-from .format import ALIGNMENT, DIGITS
+from .format import ALIGNMENT, DIGITS, names_of
 
 SMALLEST, LARGEST = 1e-100, 1e100  # of a weight: weight · value stays exact to 2⁻⁵³ in float64
 Buffer = Tensor | bytes | bytearray | memoryview
@@ -23,7 +23,7 @@ def check_flat(flat: FlatBuffers) -> None:
         raise TypeError(f"flat: {type(flat).__name__}, wanted a FlatAdapter (data, entries and identity)")
 
 
-def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str) -> int:
+def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str, sparse: bool) -> int:
     """Refuse entries that cannot be a file of named tensors over one buffer; return the number of their values."""
     end = 0
     names: set[str] = set()
@@ -31,7 +31,7 @@ def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype
         if e.offset != end:
             raise ValueError(f"flat.entries: {e.name!r} starts at {e.offset}, wanted {end}: entries must be contiguous")
         end += e.numel
-        for name in (e.name, f"{e.name}.scale") if dtype == "int8" else (e.name,):
+        for name in names_of(e.name, dtype, sparse):
             if name in names or name == "__metadata__":
                 raise ValueError(f"flat.entries: the name {name!r} stands twice or is reserved")
             names.add(name)
@@ -112,3 +112,14 @@ def check_values(name: str, values: Tensor, dtype: torch.dtype, numel: int) -> N
         raise TypeError(f"{name}: {type(values).__name__}, wanted a torch.Tensor")
     if values.dtype != dtype or values.shape != (numel,) or not values.is_contiguous():
         raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}, wanted contiguous {dtype} ({numel},)")
+
+
+def check_out(out: Tensor, nbytes: int) -> None:
+    """Refuse a buffer that a message of ``nbytes`` cannot be written into."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: {type(out).__name__}, wanted a contiguous uint8 tensor ({nbytes},)")
+    if out.dtype != torch.uint8 or out.shape != (nbytes,) or not out.is_contiguous() or not out.is_cpu:
+        what = f"{out.dtype} {tuple(out.shape)} on {out.device}"
+        raise ValueError(f"out: {what}, wanted contiguous uint8 ({nbytes},) in host memory")
+    if not is_aligned(out):
+        raise ValueError(f"out: starts at {out.data_ptr():#x}, wanted a multiple of {ALIGNMENT}")

@@ -1,9 +1,11 @@
-"""CRC32C (Castagnoli, polynomial 0x1EDC6F41, reflected) in plain torch, for the wire's reference."""
+"""CRC32C (Castagnoli, polynomial 0x1EDC6F41, reflected) in plain torch: wire_digest for the wire's reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+EXPONENT = {1: (torch.int32, 0x7F800000), 2: (torch.int16, 0x7F80), 3: (torch.int16, 0x7C00)}  # by kind of range
 
 
 def crc32c(part: Tensor) -> int:
@@ -24,3 +26,15 @@ def crc32c(part: Tensor) -> int:
 
 def _mapped(table: Tensor, crc: Tensor) -> Tensor:
     return table[0][crc & 255] ^ table[1][crc >> 8 & 255] ^ table[2][crc >> 16 & 255] ^ table[3][crc >> 24 & 255]
+
+
+def wire_digest(buffer: Tensor, ranges: Tensor) -> Tensor:
+    """int64 (n, 2): CRC32C of buffer[start:stop], and whether a float in it is infinite or NaN."""
+    found = []
+    for start, stop, kind in ranges.tolist():
+        part, finite = buffer[start:stop], True
+        if kind:
+            dtype, exponent = EXPONENT[kind]
+            finite = bool(((part.view(dtype) & exponent) != exponent).all())
+        found.append((crc32c(part), int(not finite)))
+    return torch.tensor(found, dtype=torch.int64).view(-1, 2)

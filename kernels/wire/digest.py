@@ -22,3 +22,9 @@ def crc32c(data: bytes) -> int:
     if not data:
         return 0
     return digest(torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.tensor([[0, len(data), 0]]))[0][0]
+
+
+def crc32c_of(values: Tensor) -> int:
+    """CRC32C of a tensor's bytes in host memory."""
+    raw = values.cpu().contiguous().view(torch.uint8)
+    return digest(raw, torch.tensor([[0, len(raw), 0]]))[0][0] if len(raw) else 0

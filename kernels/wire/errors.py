@@ -80,6 +80,14 @@ class RangeError(WireError):
     """A finite value that the wire dtype cannot hold (packing only)."""
 
 
+class BaseError(WireError):
+    """The message is relative to other values than those given as its base."""
+
+
+class RowsError(WireError):
+    """The rows of a sparse message do not ascend, or one is beyond its parameter."""
+
+
 class RoundError(WireError):
     """The message is of another round than asked for."""
 

@@ -19,6 +19,8 @@ def aggregate(
     *,
     round: int | None = None,
     device: torch.device | str = "cpu",
+    base: Tensor | None = None,
+    max_bytes: int | None = None,
     on_refused: Callable[[int, WireError], None] | None = None,
 ) -> Tensor:
     """Mean of the messages' values, Σ w_i v_i / Σ w_i, float32 (plan.numel,), in the order of ``plan.names``.
@@ -32,6 +34,9 @@ def aggregate(
         weights: one a message, finite, in [1e-100, 1e100]; FedAvg's are the sample counts.
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
+        base: what the messages of a delta or sparse plan are relative to; the mean is then base + Σ w_i (v_i − base) /
+            Σ w_i, where a row that a message does not carry counts with its value in the base.
+        max_bytes: a longer message is refused before it is looked at.
         on_refused: called with the index and the reason of each message that is refused, which is then left out of the
             mean, weight and all. None: the first one ends it.
 
@@ -49,6 +54,7 @@ def aggregate(
         raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
     if not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message")
+    of = plan._relation.base(base)
     sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), iter(weights)
@@ -59,7 +65,7 @@ def aggregate(
             break
         weight = _next_weight(shares, index)
         try:
-            plan.add_(sum, buffer, weight, round)
+            plan._add(sum, buffer, weight, round, of, max_bytes)
         except WireError as error:
             if on_refused is None:
                 raise error.at(index) from None
@@ -75,7 +81,8 @@ def aggregate(
         raise CountError("buffers", "no messages, wanted at least one")
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
-    return sum.div_(total).float()
+    sum.div_(total)
+    return (sum if of.values is None else sum.add_(of.on(sum.device))).float()
 
 
 def _next_weight(shares: Iterator[float], index: int) -> float:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._dispatch import run
-from ..layout import Entry, FlatBuffers, row_layout
+from ..layout import Entry, FlatBuffers
 from .arguments import (
     Buffer,
     bytes_of,
     check_entries,
     check_flat,
+    check_out,
     check_values,
     checked_count,
     checked_weight,
-    is_aligned,
     sorted_layers,
 )
-from .digest import crc32c, digest
-from .errors import ChecksumError, NotFiniteError, RangeError, RoundError
-from .format import ALIGNMENT, DTYPES, LENGTH_BYTES, Header, Message, fingerprint_of, payloads_of
+from .format import DTYPES, LENGTH_BYTES, Message, Part, WireDtype, fingerprint_of
+from .frame import Frame, running
+from .header import Agreed
+from .reader import Opened, Target, opened
+from .relative import Base, Relation
 
-WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+CPU = torch.device("cpu")
 
 
 class WirePlan:
@@ -37,14 +37,26 @@ class WirePlan:
         layers: indices of the transformer blocks that travel, in any order. Entries without a block (the head) always
             do.
         dtype: of the values on the wire. ``"float32"`` is exact; ``"bfloat16"`` and ``"float16"`` round to nearest
-            even; ``"int8"`` sends q = round(x / s) with one float32 scale s = max|row| / 127 a row (tensor ``name +
-            ".scale"``), error at most s/2. Rows whose maximum is below 127·2⁻¹²⁶ ≈ 1.5e-36 are sent as zeros, scale 0.
+            even, by at most 2⁻⁹ and 2⁻¹² of a value's next power of two (float16: or 2⁻²⁵, if that is more);
+            ``"int8"`` sends q = round(x / s) with one float32 scale s = max|row| / 127 a row (tensor ``name +
+            ".scale"``), error at most s/2; ``"int4"`` with s = max|block| / 7 for every 64 values of a parameter, 4.5
+            bits a value, error at most s/2. Rows and blocks whose maximum is below 127·2⁻¹²⁶ (7·2⁻¹²⁶) are sent as
+            zeros, scale 0.
+        delta: send x − base instead of x. Receivers have the same ``base``, float32 (numel,): what :meth:`gather` gives
+            after the last broadcast was loaded. The bounds above then hold for the difference, and 2⁻²⁴ of difference
+            and value come to them for the two float32 operations.
+        sparse: send only the rows of a mask, 4 bytes more a row; the others stand where ``base`` has them, as frozen
+            rows do.
 
-    Attributes: ``names`` of the entries that travel, ``layers`` (sorted), ``dtype``, ``numel`` values, ``nbytes`` of a
-    message, ``fingerprint`` (hex), ``slices`` of the flat buffer that travel: (start, stop) in values, merged.
+    Attributes: ``names`` of the entries that travel, ``layers`` (sorted), ``dtype``, ``delta``, ``sparse``, ``numel``
+    values, ``nbytes`` of a message (sparse: of one with every row), ``max_bytes`` that any message of this plan can
+    have, another writer's included, so that a transport need not receive more; ``fingerprint`` (hex), ``slices`` of the
+    flat buffer that travel: (start, stop) in values, merged.
 
     A plan never changes, so threads may share it. All methods raise TypeError or ValueError for arguments that do not
-    fit, and the :class:`WireError` that says why for a message that is refused.
+    fit, and the :class:`WireError` that says why for a message that is refused. Those that take a message also take
+    ``round``: if given, it must be of that round; ``base``: as above, in a delta or sparse plan and only there;
+    ``max_bytes``: a longer one is refused before it is looked at.
     """
 
     def __init__(
@@ -52,146 +64,215 @@ class WirePlan:
         flat: FlatBuffers,
         layers: Iterable[int],
         dtype: WireDtype = "float32",
+        *,
+        delta: bool = False,
+        sparse: bool = False,
     ) -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r}, wanted one of the names {', '.join(map(repr, DTYPES))}")
         check_flat(flat)
         self.dtype: WireDtype = dtype
-        self._wire_dtype = DTYPES[dtype].torch
+        self.delta, self.sparse = bool(delta), bool(sparse)
         self._entries, self._identity = tuple(flat.entries), dict(flat.identity)
-        self._flat_numel = check_entries(self._entries, self._identity, dtype)
+        self._flat_numel = check_entries(self._entries, self._identity, dtype, self.sparse)
         self.layers = sorted_layers(layers, self._entries)
         self._data(flat)
         chosen = tuple(e for e in self._entries if e.layer is None or e.layer in self.layers)
         self.names = tuple(e.name for e in chosen)
         self.numel = sum(e.numel for e in chosen)
         self.slices = _merged(chosen)
-        self.fingerprint = fingerprint_of(self._identity, chosen, self.layers, dtype)
-        self._payloads = payloads_of(chosen, DTYPES[dtype])
-        self._header = Header(self._payloads, self.fingerprint, dtype, self.layers, crc32c)
-        self.nbytes = self._header.nbytes + self._header.data_nbytes
-        self._scales_nbytes = 4 * sum(e.rows for e in chosen) if dtype == "int8" else 0
-        ranges = [[p.start, p.stop, p.dtype.kind] for p in self._payloads]
-        self._ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
-        self._tables = {torch.device("cpu"): _table(chosen)}  # a copy a device, made when first asked for
+        self.fingerprint = fingerprint_of(
+            self._identity, chosen, self.layers, dtype, delta=self.delta, sparse=self.sparse
+        )
+        based = self.delta or self.sparse
+        self._agreed = Agreed(self.fingerprint, dtype, self.layers, based, self.sparse)
+        parts, self._offsets = [Part(e.name, e.shape) for e in chosen], [e.offset for e in chosen]
+        self._frame = Frame(parts, self._agreed)
+        self._relation = Relation(self._frame, self._agreed, self.delta, self._entries, chosen)
+        self.nbytes = self._frame.nbytes
+        self.max_bytes = LENGTH_BYTES + self._frame.header.limit + self._frame.header.data_nbytes
+        plain = Frame(parts, Agreed(self.fingerprint, "float32", self.layers, False, False))
+        self._tables: dict[tuple[str, torch.device], Tensor] = {
+            ("flat to message", CPU): self._frame.table(self._offsets),
+            ("flat to values", CPU): plain.table(self._offsets),
+            ("values to message", CPU): self._frame.table(),
+        }
 
-    def pack(self, flat: FlatBuffers, *, round: int, num_samples: int, out: Tensor | None = None) -> Tensor:
+    def pack(
+        self,
+        flat: FlatBuffers,
+        *,
+        round: int,
+        num_samples: int,
+        out: Tensor | None = None,
+        base: Tensor | None = None,
+        rows: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """The message: a safetensors file as uint8 (nbytes,) in host memory, pinned when ``flat.data`` is on CUDA.
 
-        The same values, round and count give the same bytes. ``out``, uint8 (nbytes,), contiguous, 8-byte aligned, host
-        memory, is filled instead of a new tensor; what it holds after an error is not defined.
+        The same values, round and count (and base, rows, residual) give the same bytes.
+
+        Args:
+            out: uint8 (nbytes,), contiguous, 8-byte aligned, host memory: filled in place of a new tensor, whose first
+                touch costs more than the copy. What it holds after an error is not defined. Not in a sparse plan.
+            base: in a delta or sparse plan, float32 (numel,).
+            rows: in a sparse plan, bool over all rows of ``flat``, like the mask of :class:`fibecfed.MaskedAdamW`;
+                rows of blocks that do not travel are passed over.
+            residual: in a delta plan, error feedback (Karimireddy et al. 2019, arXiv 1901.09847): float32 (numel,),
+                zeros at first, kept by the sender from message to message. Sent is v = x − base + residual, and
+                residual ← v − what a receiver gets of it (nothing, for rows that are not sent). Unchanged on an error.
 
         Raises:
             NotFiniteError: a value is infinite or NaN. RangeError: a value is beyond the wire dtype's largest.
         """
         data = self._data(flat)
         message = Message(checked_count("round", round), checked_count("num_samples", num_samples))
-        if out is None:
-            out = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
-        elif not isinstance(out, Tensor):
-            raise TypeError(f"out: {type(out).__name__}, wanted a contiguous uint8 tensor ({self.nbytes},)")
-        elif out.dtype != torch.uint8 or out.shape != (self.nbytes,) or not out.is_contiguous() or not out.is_cpu:
-            what = f"{out.dtype} {tuple(out.shape)} on {out.device}"
-            raise ValueError(f"out: {what}, wanted contiguous uint8 ({self.nbytes},) in host memory")
-        elif not is_aligned(out):
-            raise ValueError(f"out: starts at {out.data_ptr():#x}, wanted a multiple of {ALIGNMENT}")
-        payload = out[self._header.nbytes :]
-        staged = payload if data.is_cpu else torch.empty_like(payload, device=data.device)
-        run("wire_pack_", data, data, self._table_on(data.device), *self._typed(staged))
-        if staged is not payload:
-            payload.copy_(staged)  # returns when the bytes are there: the checksums read them
-        checksums, bad = digest(payload, self._ranges)
-        if any(bad):
-            self._refuse_values(bad.index(True), data)
-        header = self._header.write(message.round, message.num_samples, checksums)
-        out[: self._header.nbytes] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        return out
+        of = self._relation.base(base)
+        if of.values is None:
+            for name, given in (("rows", rows), ("residual", residual)):
+                if given is not None:
+                    raise ValueError(f"{name}: given, wanted None: the plan is neither delta nor sparse")
+            return self._write(self._frame, data, "flat to message", message, 0, out, None)
+        if self.sparse and out is not None:
+            raise ValueError("out: given, wanted None: a sparse message is as long as its rows")
+        values = self._gathered(data)
+        sent = self._relation.sent(values, of, rows, residual)
+        packed = self._write(sent.frame, sent.values, "values to message", message, of.crc32c, out, sent.indices)
+        if residual is not None:
+            decoded = self._decoded(sent.frame, packed[sent.frame.header.nbytes :], data.device)
+            self._relation.keep(residual, values, sent, decoded)
+        return packed
 
-    def read(self, buffer: Buffer, round: int | None = None) -> Message:
-        """Round and sample count of a message that passes every check; with ``round``, one of that round."""
-        return self._open(buffer, round)[1]
+    def read(
+        self, buffer: Buffer, round: int | None = None, *, base: Tensor | None = None, max_bytes: int | None = None
+    ) -> Message:
+        """Round and sample count of a message that passes every check."""
+        return self._open(buffer, round, self._relation.base(base), max_bytes).message
 
-    def unpack(self, buffer: Buffer, round: int | None = None) -> dict[str, Tensor]:
-        """The tensors of a message by name, in the wire dtype, after every check.
+    def unpack(
+        self, buffer: Buffer, round: int | None = None, *, base: Tensor | None = None, max_bytes: int | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a message by name as they are stored (FORMAT.md), after every check.
 
         They are views of ``buffer``, without a copy; only ``bytes`` (which torch cannot hold unwritable) and memory
         that is not 8-byte aligned are copied once. int8: ``name`` is int8 and ``name + ".scale"`` float32 (rows,).
+        int4: two values a byte. Sparse: ``name + ".rows"`` are the int32 indices. Delta: differences.
         """
-        payload, _ = self._open(buffer, round)
-        return {p.name: payload[p.start : p.stop].view(p.dtype.torch).view(p.shape) for p in self._payloads}
+        found = self._open(buffer, round, self._relation.base(base), max_bytes)
+        return found.frame.unpack(found.payload)
 
-    def load(self, buffer: Buffer, flat: FlatBuffers, round: int | None = None) -> Message:
+    def load(
+        self,
+        buffer: Buffer,
+        flat: FlatBuffers,
+        round: int | None = None,
+        *,
+        base: Tensor | None = None,
+        max_bytes: int | None = None,
+    ) -> Message:
         """Write the values of a message into ``flat.data``, after every check: all of them or, on an error, none."""
-        data = self._data(flat)
-        payload, message = self._open(buffer, round)
-        run("wire_unpack_", data, *self._typed(payload.to(data.device)), self._table_on(data.device), data)
+        data, of = self._data(flat), self._relation.base(base)
+        plain = of.values is None
+        values = data if plain else data.new_empty(self.numel)
+        table = self._table("flat to message" if plain else "values to message", data.device)
+        found = self._open(buffer, round, of, max_bytes, Target(values, table))
+        if plain and not found.decoded:
+            run("wire_unpack_", data, *found.frame.typed(found.payload.to(data.device)), table, data)
+        elif not plain:
+            decoded = values if found.decoded else self._decoded(found.frame, found.payload, data.device)
+            self._scatter(self._relation.values(decoded, found.rows, of), data)
         torch.autograd.graph.increment_version(flat.data)
-        return message
+        return found.message
 
     def gather(self, flat: FlatBuffers) -> Tensor:
         """The values of ``flat`` that travel, float32 (numel,), in the order of ``names``, on ``flat``'s device."""
-        data = self._data(flat)
-        values = torch.empty(self.numel, dtype=torch.float32, device=data.device)
-        run("wire_pack_", data, data, self._table_on(data.device), values, values[:0])
-        return values
+        return self._gathered(self._data(flat))
 
     def scatter_(self, values: Tensor, flat: FlatBuffers) -> None:
         """Write float32 ``values`` (numel,), as :func:`aggregate` and :meth:`gather` give them, into ``flat.data``."""
         data = self._data(flat)
         check_values("values", values, torch.float32, self.numel)
-        values = values.detach().to(data.device)
-        run("wire_unpack_", data, values, values[:0], self._table_on(data.device), data)
+        self._scatter(values.detach().to(data.device), data)
         torch.autograd.graph.increment_version(flat.data)
 
-    def add_(self, sum: Tensor, buffer: Buffer, weight: float, round: int | None = None) -> Message:
-        """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,)."""
+    def add_(
+        self,
+        sum: Tensor,
+        buffer: Buffer,
+        weight: float,
+        round: int | None = None,
+        *,
+        base: Tensor | None = None,
+        max_bytes: int | None = None,
+    ) -> Message:
+        """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,).
+
+        In a delta or sparse plan what is added is weight · (values − base).
+        """
+        return self._add(sum, buffer, weight, round, self._relation.base(base), max_bytes)
+
+    def _add(
+        self, sum: Tensor, buffer: Buffer, weight: float, round: int | None, base: Base, max_bytes: int | None
+    ) -> Message:
         check_values("sum", sum, torch.float64, self.numel)
         weight = checked_weight("weight", weight)
-        payload, message = self._open(buffer, round)
-        payload = payload.to(sum.device)
-        run("wire_accumulate_", sum, sum, *self._typed(payload), self._table_on(sum.device), weight)
-        return message
+        table = self._table("values to message", sum.device)
+        found = self._open(buffer, round, base, max_bytes, Target(sum, table, weight))
+        if found.rows is not None:
+            decoded = self._decoded(found.frame, found.payload, sum.device)
+            self._relation.add_(sum, decoded, found.rows, base, weight)
+        elif not found.decoded:
+            run("wire_accumulate_", sum, sum, *found.frame.typed(found.payload.to(sum.device)), table, weight)
+        return found.message
 
-    def _open(self, buffer: Buffer, round: int | None) -> tuple[Tensor, Message]:
-        """Data and message of a buffer, after every check.
+    def _open(
+        self, buffer: Buffer, round: int | None, base: Base, max_bytes: int | None, target: Target | None = None
+    ) -> Opened:
+        if round is not None:
+            round = checked_count("round", round)
+        if max_bytes is not None:
+            max_bytes = checked_count("max_bytes", max_bytes)
+        target = target or Target(torch.empty(0), self._table("values to message", CPU))
+        rows = self._relation.rows
+        return opened(bytes_of(buffer), self._frame, self._agreed, rows, target, round, base.crc32c, max_bytes)
 
-        The header that this plan would write for the data is compared first; only one that differs is parsed, to be
-        read when it says the same in other words (spaces, order of keys, a later minor version), else refused.
-        """
-        raw = bytes_of(buffer)
-        start = raw[: self._header.nbytes].numpy().tobytes()
-        size = self._header.size_of(start, len(raw))
-        checksums: list[int] = []
-        if len(raw) == self.nbytes and size == self._header.nbytes and (message := self._header.peek(start)):
-            payload = raw[size:]
-            checksums, bad = digest(payload, self._ranges)
-            if start == self._header.write(message.round, message.num_samples, checksums):
-                return self._accepted(payload, message, bad, round)
-        message, declared = self._header.read(raw[LENGTH_BYTES:size].numpy().tobytes(), len(raw) - size)
-        payload = raw[size:]
-        checksums, bad = digest(payload, self._ranges)
-        for p, found, wanted in zip(self._payloads, checksums, declared, strict=True):
-            if found != wanted:
-                raise ChecksumError(p.name, f"CRC32C {found:08x}, the header says {wanted:08x}")
-        return self._accepted(payload, message, bad, round)
+    def _write(
+        self,
+        frame: Frame,
+        data: Tensor,
+        table: str,
+        message: Message,
+        base: int,
+        out: Tensor | None,
+        indices: Tensor | None,
+    ) -> Tensor:
+        if out is None:
+            out = torch.empty(frame.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
+        else:
+            check_out(out, frame.nbytes)
+        inner = frame is not self._frame
+        lines = frame.table().to(data.device) if inner else self._table(table, data.device)
+        bad = frame.write(data, lines, message, base, out, indices)
+        if bad is not None:
+            offsets = self._offsets if table == "flat to message" else running([p.numel for p in frame.parts])
+            raise frame.refusal(bad, data, offsets)
+        return out
 
-    def _accepted(
-        self, payload: Tensor, message: Message, bad: list[bool], round: int | None
-    ) -> tuple[Tensor, Message]:
-        if any(bad):
-            raise NotFiniteError(self._payloads[bad.index(True)].name, "holds an infinite value or NaN")
-        if round is not None and message.round != round:
-            raise RoundError("metadata.round", f"{message.round}, wanted {round}")
-        return payload, message
+    def _decoded(self, frame: Frame, payload: Tensor, device: torch.device) -> Tensor:
+        """What a message carries, float32, one part after the other."""
+        values = torch.empty(frame.numel, device=device)
+        table = self._table("values to message", device) if frame is self._frame else frame.table().to(device)
+        run("wire_unpack_", values, *frame.typed(payload.to(device)), table, values)
+        return values
 
-    def _refuse_values(self, index: int, data: Tensor) -> None:
-        name = self._payloads[index].name
-        entry = next(e for e in self._entries if name in (e.name, f"{e.name}.scale"))
-        values = data[entry.offset : entry.offset + entry.numel]
-        if not bool(values.isfinite().all()):
-            raise NotFiniteError(entry.name, "holds an infinite value or NaN")
-        most, largest = values.abs().max().item(), torch.finfo(self._wire_dtype).max
-        raise RangeError(entry.name, f"magnitude {most:g} does not fit {self.dtype}, whose largest is {largest:g}")
+    def _gathered(self, data: Tensor) -> Tensor:
+        values = torch.empty(self.numel, dtype=torch.float32, device=data.device)
+        run("wire_pack_", data, data, self._table("flat to values", data.device), values, values[:0])
+        return values
+
+    def _scatter(self, values: Tensor, data: Tensor) -> None:
+        run("wire_unpack_", data, values, values[:0], self._table("flat to values", data.device), data)
 
     def _data(self, flat: FlatBuffers) -> Tensor:
         """The flat buffer without autograd, if it is the adapter that the plan was made for."""
@@ -206,15 +287,10 @@ class WirePlan:
             raise ValueError("flat.identity: not that which the plan was made for")
         return data
 
-    def _table_on(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
-
-    def _typed(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and (int8) the scales of a message's data."""
-        scales, values = payload[: self._scales_nbytes], payload[self._scales_nbytes :]
-        return values.view(self._wire_dtype), scales.view(torch.float32)
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        if (name, device) not in self._tables:  # a copy a device, made when first asked for
+            self._tables[name, device] = self._tables[name, CPU].to(device)
+        return self._tables[name, device]
 
 
 def _merged(entries: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
@@ -225,13 +301,3 @@ def _merged(entries: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
         elif e.numel:
             slices.append((e.offset, e.offset + e.numel))
     return tuple(slices)
-
-
-def _table(entries: Sequence[Entry]) -> Tensor:
-    """int64 (lines, 5): offset in the flat buffer, offset among the values sent, first row sent, rows, row length."""
-    parts, value, row = [torch.empty(0, 5, dtype=torch.int64)], 0, 0
-    for e in entries:
-        offset, first, rows, length = row_layout([replace(e, offset=0)]).unbind(1)
-        parts.append(torch.stack([offset + e.offset, offset + value, first + row, rows, length], 1))
-        value, row = value + e.numel, row + e.rows
-    return torch.cat(parts)

@@ -27,14 +27,16 @@ SMALLEST_MAXIMUM = 127 * 2.0**-126
 def tolerance(flat: Flat, plan: WirePlan) -> torch.Tensor:
     """The largest error that each value may have on the wire."""
     values = plan.gather(flat)
-    if plan.dtype == "int8":
-        bounds = []
+    if levels := {"int8": 127, "int4": 7}.get(plan.dtype):
+        bounds = [values[:0]]
         for entry in flat.entries:
-            if entry.name in plan.names and entry.numel:
-                rows = flat.data[entry.offset : entry.offset + entry.numel].view(entry.rows, -1)
-                most = rows.abs().amax(1, keepdim=True).expand_as(rows)
-                bounds.append(torch.where(most < SMALLEST_MAXIMUM, most, most / 254 * (1 + 1e-4)).flatten())
-        return torch.cat(bounds) if bounds else values
+            if entry.name in plan.names:
+                row = entry.row_length if plan.dtype == "int8" else 64
+                for line in flat.data[entry.offset : entry.offset + entry.numel].split(max(1, row)):
+                    most = line.abs().max() if len(line) else line.sum()
+                    step = most if most < levels * 2.0**-126 else most / levels / 2 * (1 + 1e-4)
+                    bounds.append(step.expand(len(line)))
+        return torch.cat(bounds)
     relative, subnormal = {"float32": (0.0, 0.0), "bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25)}[
         plan.dtype
     ]
@@ -55,7 +57,7 @@ def test_safetensors_reads_what_unpack_gives(dtype: str, tmp_path: Path) -> None
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "fibecfed"
-    assert metadata["version"] == "1.0"
+    assert metadata["version"] == ("1.1" if dtype == "int4" else "1.0")
     assert metadata["schema"] == plan.fingerprint
     assert metadata["dtype"] == dtype
     assert json.loads(metadata["layers"]) == [0, 2]

@@ -22,12 +22,15 @@ needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="the C++ extension was not bu
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
+CPU = torch.device("cpu")
+
+
 def operands(dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """data, table, and empty values and scales, of a plan over part of a flat buffer."""
     flat = make_flat(spread=0.5)
     plan = WirePlan(flat, (0, 2), dtype)
-    payload = torch.zeros(plan._header.data_nbytes, dtype=torch.uint8)
-    return flat.data, plan._table_on(torch.device("cpu")), *plan._typed(payload)
+    payload = torch.zeros(plan._frame.header.data_nbytes, dtype=torch.uint8)
+    return flat.data, plan._table("flat to message", CPU), *plan._frame.typed(payload)
 
 
 def all_float32(count: int) -> Tensor:
@@ -87,7 +90,7 @@ def test_bodies_are_equal_bit_for_bit(dtype: str) -> None:
     ops.wire_unpack_(values, scales, table, into)
     reference.wire_unpack_(values, scales, table, wanted_into)
     assert torch.equal(into, wanted_into)
-    sums = torch.rand(2, len(values), dtype=torch.float64)
+    sums = torch.rand(2, len(data), dtype=torch.float64)
     sums[1] = sums[0]
     ops.wire_accumulate_(sums[0], values, scales, table, 1 / 3)
     reference.wire_accumulate_(sums[1], values, scales, table, 1 / 3)
@@ -122,7 +125,7 @@ def test_opcheck(dtype: str) -> None:
     ops.wire_pack_(data, table, values, scales)
     values, scales = values.clone(), scales.clone()
     torch.library.opcheck(ops.wire_unpack_.default, (values, scales, table, data.clone()))
-    total = torch.zeros(len(values), dtype=torch.float64)
+    total = torch.zeros(len(data), dtype=torch.float64)
     torch.library.opcheck(ops.wire_accumulate_.default, (total, values, scales, table, 2.5))
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fibecfed_kernels import Message, WireError, WirePlan
 from fibecfed_kernels.wire import errors
+from fibecfed_kernels.wire.format import SCALED
 
 from .wire_tools import DTYPES, edited, join, make_flat, split
 
@@ -185,14 +186,15 @@ def test_bytes_after_the_end_and_other_rounds_are_refused(dtype: str) -> None:
 def test_messages_that_are_not_finite_are_refused_even_with_right_checksums(dtype: str, value: float) -> None:
     plan, message = small(dtype)
     header, data = split(message)
-    bits = torch.tensor([value]).to(torch.float32 if dtype == "int8" else getattr(torch, dtype)).view(torch.uint8)
+    bits = torch.tensor([value]).to(torch.float32 if dtype in SCALED else getattr(torch, dtype)).view(torch.uint8)
     raw = bytearray(data)
-    raw[len(bits) : 2 * len(bits)] = bytes(bits.tolist())
+    start = 0 if dtype == "int4" else len(bits)  # the first parameter has one block of int4
+    raw[start : start + len(bits)] = bytes(bits.tolist())
     into = make_flat(SMALL, seed=3)
     before = into.data.clone()
     with pytest.raises(errors.NotFiniteError) as caught:
         plan.load(join(header, bytes(raw)), into)
-    assert caught.value.field == (f"{NAME}.scale" if dtype == "int8" else NAME)
+    assert caught.value.field == (f"{NAME}.scale" if dtype in SCALED else NAME)
     assert torch.equal(into.data, before)
 
 
@@ -227,7 +229,7 @@ def test_a_message_cut_at_any_byte_is_refused(dtype: str) -> None:
             plan.read(message[:end])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_a_flip_of_any_bit_is_refused(dtype: str) -> None:
     """Refused, though decoding to the same tensors would do: the seal covers what the payloads' checksums do not.
 

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: there is
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100)
-POINTERS = ("*fp32", "*i16", "*fp16", "*i8")  # to the values, by kind; bfloat16 travels as its bits
+POINTERS = ("*fp32", "*i16", "*fp16", "*i8", "*u8")  # to the values, by kind; bfloat16 travels as its bits
 
 
 def test_triton_bodies_equal_the_reference_bit_for_bit_in_every_dtype() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fibecfed_kernels import Entry, WirePlan
 from fibecfed_kernels.wire.digest import crc32c
 
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 Shapes = Sequence[tuple[int | None, tuple[int, ...]]]
 SHAPES: Shapes = (
     (0, (4, 31)),
@@ -55,10 +55,14 @@ def make_flat(shapes: Shapes = SHAPES, seed: int = 0, spread: float = 1.0) -> Fl
 
 def values_of(tensors: Mapping[str, Tensor], plan: WirePlan) -> Tensor:
     """The values that an unpacked message stands for, float32, in the plan's order."""
-    parts = []
+    parts, numel = [], {part.name: part.numel for part in plan._frame.parts}
     for name in plan.names:
         value = tensors[name].float()
-        if plan.dtype == "int8":
+        if plan.dtype == "int4":
+            both, scale = tensors[name].int(), tensors[f"{name}.scale"]
+            value = torch.stack([both & 15, both >> 4], 1).flatten()
+            value = ((value ^ 8) - 8).float()[: numel[name]] * scale.repeat_interleave(64)[: numel[name]]
+        elif plan.dtype == "int8":
             scale = tensors[f"{name}.scale"]
             value = value.view(len(scale), -1) * scale[:, None] if value.numel() else value
         parts.append(value.flatten())
@@ -87,7 +91,8 @@ def resealed(header: dict[str, Any], data: bytes) -> dict[str, Any]:
     metadata = dict(header["__metadata__"])
     spans = [info["data_offsets"] for name, info in header.items() if name != "__metadata__"]
     metadata["crc32c"] = "".join(f"{crc32c(data[a:b]):08x}" for a, b in sorted(spans))
-    sealed = " ".join(metadata[key] for key in ("version", "schema", "round", "num_samples", "crc32c"))
+    keys = ("version", "schema", "round", "num_samples", "crc32c", "base")
+    sealed = " ".join(metadata[key] for key in keys if key in metadata)
     metadata["seal"] = f"{crc32c(sealed.encode()):08x}"
     return {**header, "__metadata__": metadata}
 

@@ -1,0 +1,222 @@
+// A whole message in one call, for the CPU: values, checksums and header written, or checked and decoded. The same as
+// wire_pack_ or wire_unpack_, wire_digest and the header's text one after the other (kernels/wire/frame.py), which is
+// how other bodies do it; here a value is checked while it is in the first cache.
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "common.h"
+#include "wire_digest.h"
+#include "wire_lines.h"
+
+namespace {
+
+using fibecfed::ScalarType;
+using fibecfed::Tensor;
+using wire::Line;
+using wire::Range;
+
+constexpr int64_t kDigits = 16;  // of round and num_samples
+constexpr std::array kDtypes{ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char, ScalarType::Byte};
+
+// What is the same in every message of a plan; the first fields are `places` as kernels/wire/frame.py fills it.
+struct Frame {
+  struct Places {
+    int64_t dtype, header_bytes, scale_bytes, round, samples, checksums, seal, base;  // base: -1 where there is none
+  } at;
+  const int64_t* first_lines;  // of the parameters, one more than there are
+  int64_t parameters, payloads;
+  const uint8_t* header;  // with zeros for digits where a message has its own
+  const uint8_t* seal_start;
+  int64_t seal_start_bytes;
+  const Range* ranges;
+  ScalarType dtype() const { return kDtypes[at.dtype]; }
+  bool has_scales() const { return at.dtype >= 3; }
+  int64_t data_bytes() const { return payloads == 0 ? 0 : ranges[payloads - 1].stop; }
+  int64_t bytes() const { return at.header_bytes + data_bytes(); }
+};
+
+// Everything that pointers are made of is checked; the rest can at worst give a wrong message.
+Frame frame_of(const Tensor& header, const Tensor& places, const Tensor& ranges, const Tensor& message) {
+  wire::check_flat("header", header, ScalarType::Byte);
+  wire::check_flat("places", places, ScalarType::Long);
+  wire::check_flat("message", message, ScalarType::Byte);
+  constexpr int64_t kFixed = sizeof(Frame::Places) / sizeof(int64_t);
+  STD_TORCH_CHECK(places.numel() > kFixed, "places: too short");
+  const auto* p = static_cast<const int64_t*>(places.data_ptr());
+  Frame f{};
+  std::memcpy(&f.at, p, sizeof f.at);
+  f.first_lines = p + kFixed;
+  f.parameters = places.numel() - kFixed - 1;
+  f.payloads = ranges.size(0);
+  f.header = static_cast<const uint8_t*>(header.data_ptr());
+  f.seal_start = f.header + f.at.header_bytes;
+  f.seal_start_bytes = header.numel() - f.at.header_bytes;
+  const auto inside = [&](int64_t start, int64_t bytes) { return start >= 0 && start <= f.at.header_bytes - bytes; };
+  STD_TORCH_CHECK(
+      0 <= f.at.dtype && f.at.dtype < static_cast<int64_t>(kDtypes.size()) && f.at.header_bytes >= 0 &&
+          f.at.header_bytes % 8 == 0 && f.seal_start_bytes >= 0 && f.at.scale_bytes >= 0 &&
+          inside(f.at.round, kDigits) && inside(f.at.samples, kDigits) && inside(f.at.checksums, 8 * f.payloads) &&
+          inside(f.at.seal, 8) && (f.at.base == -1 || inside(f.at.base, 8)) &&
+          f.payloads == (f.has_scales() ? 2 : 1) * f.parameters,
+      "places: outside the header, or not one payload a parameter");
+  const auto* const bytes = static_cast<const uint8_t*>(message.data_ptr()) + f.at.header_bytes;
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(bytes) % 8 == 0 && message.numel() >= f.at.header_bytes, "message: not aligned");
+  f.ranges = wire::check_ranges(ranges, bytes, message.numel() - f.at.header_bytes);
+  STD_TORCH_CHECK(
+      message.numel() == f.bytes() && f.at.scale_bytes <= f.data_bytes() && f.at.scale_bytes % 4 == 0,
+      "message: ", message.numel(), " bytes, wanted ", f.bytes());
+  return f;
+}
+
+const Line* lines_of(const Frame& f, const Tensor& table, int64_t data) {
+  const int64_t bytes = f.data_bytes() - f.at.scale_bytes;
+  const int64_t values = f.at.dtype == 0 ? bytes / 4 : f.at.dtype <= 2 ? bytes / 2 : f.at.dtype == 3 ? bytes : 2 * bytes;
+  const Line* const lines = wire::check_lines(table, f.dtype(), values, f.at.scale_bytes / 4, data);
+  bool ascend = f.first_lines[0] == 0 && f.first_lines[f.parameters] == table.size(0);
+  for (int64_t i = 0; i < f.parameters; ++i) ascend = ascend && f.first_lines[i] <= f.first_lines[i + 1];
+  STD_TORCH_CHECK(ascend, "places: the parameters' first lines are not those of the table");
+  return lines;
+}
+
+void put_decimal(uint8_t* to, int64_t value) {
+  for (int64_t i = kDigits; i-- > 0; value /= 10) to[i] = static_cast<uint8_t>('0' + value % 10);
+}
+
+void put_hex(uint8_t* to, uint32_t value) {
+  for (int i = 8; i-- > 0; value >>= 4) to[i] = static_cast<uint8_t>("0123456789abcdef"[value & 15]);
+}
+
+// -1 where a character is no digit.
+int64_t decimal(const uint8_t* from) {
+  int64_t value = 0;
+  for (int64_t i = 0; i < kDigits; ++i) {
+    if (from[i] < '0' || from[i] > '9') return -1;
+    value = 10 * value + (from[i] - '0');
+  }
+  return value;
+}
+
+void write_header(
+    const Frame& f, uint8_t* to, int64_t round, int64_t samples, const std::vector<uint32_t>& checksums, int64_t base) {
+  std::memcpy(to, f.header, f.at.header_bytes);
+  put_decimal(to + f.at.round, round);
+  put_decimal(to + f.at.samples, samples);
+  for (int64_t i = 0; i < f.payloads; ++i) put_hex(to + f.at.checksums + 8 * i, checksums[i]);
+  const wire::Update update = wire::best_update();
+  uint32_t seal = update(0xFFFFFFFF, f.seal_start, f.seal_start_bytes);
+  const auto sealed = [&](int64_t at, int64_t bytes, bool first = false) {
+    if (!first) seal = update(seal, reinterpret_cast<const uint8_t*>(" "), 1);
+    seal = update(seal, to + at, bytes);
+  };
+  sealed(f.at.round, kDigits, true);
+  sealed(f.at.samples, kDigits);
+  sealed(f.at.checksums, 8 * f.payloads);
+  if (f.at.base >= 0) {
+    put_hex(to + f.at.base, static_cast<uint32_t>(base));
+    sealed(f.at.base, 8);
+  }
+  put_hex(to + f.at.seal, ~seal);
+}
+
+// -1, or the first payload that holds a float which is not finite: then the header is not written.
+Tensor wire_write_(
+    const Tensor& data, const Tensor& table, const Tensor& ranges, const Tensor& header, const Tensor& places,
+    int64_t round, int64_t num_samples, int64_t base, Tensor message) {
+  wire::check_flat("data", data, ScalarType::Float);
+  const Frame f = frame_of(header, places, ranges, message);
+  const Line* const lines = lines_of(f, table, data.numel());
+  auto* const start = static_cast<uint8_t*>(message.data_ptr());
+  uint8_t* const payload = start + f.at.header_bytes;
+  uint8_t* const values = payload + f.at.scale_bytes;
+  const auto* const x = static_cast<const float*>(data.data_ptr());
+  const wire::Update update = wire::best_update();
+  std::vector<uint32_t> checksums(f.payloads);
+  std::vector<char> bad(f.payloads);
+  wire::visit_codec(f.dtype(), values, payload, [&](auto codec) {
+    fibecfed::parallel_tasks(f.parameters, 2 * f.data_bytes(), [&](const auto& next) {
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const int64_t own = f.has_scales() ? f.parameters + i : i;
+        const auto close = [&](wire::Digest& digest, int64_t which) {
+          digest.finish(payload + f.ranges[which].stop);
+          checksums[which] = digest.crc();
+          bad[which] = digest.found();
+        };
+        wire::Digest digest(payload + f.ranges[own].start, f.ranges[own].kind, update);
+        for (const Line* l = lines + f.first_lines[i]; l != lines + f.first_lines[i + 1]; ++l) {
+          codec.encode(x + l->data, *l);
+          digest.advance(values + codec.bytes(l->value + l->numel()));
+        }
+        close(digest, own);
+        if (f.has_scales()) {
+          wire::Digest of_scales(payload + f.ranges[i].start, f.ranges[i].kind, update);
+          close(of_scales, i);
+        }
+      }
+    });
+  });
+  Tensor result = torch::stable::new_empty(places, {1});
+  auto& first = *static_cast<int64_t*>(result.data_ptr());
+  first = -1;
+  for (int64_t i = f.payloads; i-- > 0;) first = bad[i] ? i : first;
+  if (first < 0) write_header(f, start, round, num_samples, checksums, base);
+  return result;
+}
+
+// int64 (3,): whether the message is one of this frame as wire_write_ writes it, of `round` unless that is -1, with
+// every value finite; its round; its samples. Only then `target` is written: float32: the values (none where it is
+// empty); float64: target += weight · values.
+Tensor wire_read_(
+    const Tensor& message, const Tensor& table, const Tensor& ranges, const Tensor& header, const Tensor& places,
+    int64_t round, int64_t base, double weight, Tensor target) {
+  const bool adds = target.scalar_type() == ScalarType::Double;
+  wire::check_flat("target", target, adds ? ScalarType::Double : ScalarType::Float);
+  const Frame f = frame_of(header, places, ranges, message);
+  const bool writes = target.numel() > 0;
+  const Line* const lines = writes ? lines_of(f, table, target.numel()) : nullptr;
+  auto* const start = static_cast<uint8_t*>(message.data_ptr());
+  uint8_t* const payload = start + f.at.header_bytes;
+  Tensor result = torch::stable::new_empty(places, {3});
+  auto* const out = static_cast<int64_t*>(result.data_ptr());
+  const int64_t found_round = out[1] = decimal(start + f.at.round);
+  const int64_t found_samples = out[2] = decimal(start + f.at.samples);
+  out[0] = 0;
+  if (found_round < 0 || found_samples < 0 || (round >= 0 && found_round != round)) return result;
+
+  const wire::Update update = wire::best_update();
+  std::vector<uint32_t> checksums(f.payloads);
+  std::atomic<bool> bad{false};
+  fibecfed::parallel_tasks(f.payloads, f.data_bytes(), [&](const auto& next) {
+    for (int64_t i = next(); i >= 0; i = next()) {
+      wire::Digest digest(payload + f.ranges[i].start, f.ranges[i].kind, update);
+      digest.finish(payload + f.ranges[i].stop);
+      checksums[i] = digest.crc();
+      if (digest.found()) bad.store(true, std::memory_order_relaxed);
+    }
+  });
+  std::vector<uint8_t> wanted(f.at.header_bytes);
+  write_header(f, wanted.data(), found_round, found_samples, checksums, base);
+  if (bad || std::memcmp(wanted.data(), start, wanted.size()) != 0) return result;
+  out[0] = 1;
+  if (!writes) return result;
+  wire::visit_codec(f.dtype(), payload + f.at.scale_bytes, payload, [&](auto codec) {
+    if (adds) {
+      auto* const sum = static_cast<double*>(target.data_ptr());
+      wire::for_lines(lines, table.size(0), 8 * target.numel(), [=](const Line& l) {
+        codec.add(l, sum + l.data, weight);
+      });
+    } else {
+      auto* const x = static_cast<float*>(target.data_ptr());
+      wire::for_lines(lines, table.size(0), 4 * target.numel(), [=](const Line& l) { codec.decode(l, x + l.data); });
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fibecfed, CPU, m) {
+  m.impl("wire_write_", TORCH_BOX(&wire_write_));
+  m.impl("wire_read_", TORCH_BOX(&wire_read_));
+}

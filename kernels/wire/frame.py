@@ -1,0 +1,154 @@
+"""Frame: where everything lies in messages that carry parts of these shapes; writes and checks one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _ops  # noqa: F401  the schemas must exist before a body is called
+from .._backend import runs_cpp
+from .._dispatch import run
+from ..layout import Entry, row_layout
+from .digest import crc32c, digest
+from .errors import ChecksumError, NotFiniteError, RangeError, WireError
+from .format import BLOCK, DTYPES, Message, Part, payloads_of, scales_of
+from .header import Agreed, Header
+
+
+class Frame:
+    """The bytes of one kind of message. Attributes: ``parts``, ``numel`` values, ``nbytes``, ``header``, ``payloads``.
+
+    A table says where values are, int64 (lines, 5): offset in a float32 buffer, offset among the values of the message,
+    first row of its scales, rows, row length. In int4 a row is a block of 64 values, and every parameter starts at an
+    even value: at a byte.
+    """
+
+    def __init__(self, parts: Sequence[Part], agreed: Agreed) -> None:
+        self.parts, self.agreed, self.numel = tuple(parts), agreed, sum(p.numel for p in parts)
+        self.payloads = payloads_of(parts, agreed.dtype, agreed.sparse)
+        self.header = Header(self.payloads, agreed, crc32c)
+        self.nbytes = self.header.nbytes + self.header.data_nbytes
+        self._indices = slice(0, 4 * sum(p.rows for p in parts) if agreed.sparse else 0)
+        scales = 4 * sum(scales_of(p, agreed.dtype) for p in parts)
+        self._scales = slice(self._indices.stop, self._indices.stop + scales)
+        ranges = [[p.start, p.stop, p.dtype.kind] for p in self.payloads]
+        self._ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
+        self._stored = DTYPES[agreed.dtype].torch
+        self._constants = (self._ranges, *self._places())
+
+    def table(self, offsets: Sequence[int] | None = None) -> Tensor:
+        """The table for a buffer in which part i begins at ``offsets[i]``; None: the parts one after the other."""
+        starts = running([p.numel for p in self.parts]) if offsets is None else offsets
+        return torch.cat([torch.empty(0, 5, dtype=torch.int64), *self._lines(starts)])
+
+    def _lines(self, starts: Sequence[int]) -> list[Tensor]:
+        found, value, row, four = [], 0, 0, self.agreed.dtype == "int4"
+        for part, start in zip(self.parts, starts, strict=True):
+            tail = part.numel % BLOCK
+            shapes = [(part.numel // BLOCK, BLOCK)] + [(1, tail)] * (tail > 0) if four else [part.shape]
+            lines = row_layout(_stacked(shapes))
+            offset, first, rows, length = lines.unbind(1)
+            found.append(torch.stack([offset + start, offset + value, first + row, rows, length], 1))
+            value += part.numel + (part.numel % 2 if four else 0)
+            row += scales_of(part, "int4") if four else part.rows
+        return found
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """What csrc/wire_message.cpp knows of the header: its bytes with the start of the sealed text, and numbers."""
+        at = [self.header.places[name].start for name in ("round", "num_samples", "crc32c", "seal")]
+        base = self.header.places["base"].start if "base" in self.header.places else -1
+        first_lines = running([len(lines) for lines in self._lines([0] * len(self.parts))], last=True)
+        numbers = [list(DTYPES).index(self.agreed.dtype), self.header.nbytes, self._scales.stop, *at, base]
+        header = bytearray(self.header.template + self.header.seal_start.encode("ascii"))
+        return torch.frombuffer(header, dtype=torch.uint8), torch.tensor([*numbers, *first_lines])
+
+    def typed(self, payload: Tensor) -> tuple[Tensor, Tensor]:
+        """The values and the scales (none unless int8 or int4) in the data of a message."""
+        return payload[self._scales.stop :].view(self._stored), payload[self._scales].view(torch.float32)
+
+    def indices(self, payload: Tensor) -> Tensor:
+        """int32: the rows that a sparse message carries, part by part."""
+        return payload[self._indices].view(torch.int32)
+
+    def write(
+        self, data: Tensor, table: Tensor, message: Message, base: int, out: Tensor, indices: Tensor | None = None
+    ) -> int | None:
+        """Fill ``out``, uint8 (nbytes,) in host memory, with the values of ``data``.
+
+        Returns None, or the index of the first payload that holds a value which is not finite: ``out`` is then not
+        defined.
+        """
+        if runs_cpp(data) and not self.agreed.sparse:
+            bad = int(torch.ops.fibecfed.wire_write_(data, table, *self._constants, *message, base, out))
+            return None if bad < 0 else bad
+        payload = out[self.header.nbytes :]
+        staged = payload if data.is_cpu else torch.empty_like(payload, device=data.device)
+        run("wire_pack_", data, data, table, *self.typed(staged))
+        if staged is not payload:
+            payload.copy_(staged)  # returns when the bytes are there: the checksums read them
+        if indices is not None:
+            self.indices(payload).copy_(indices)
+        checksums, found = digest(payload, self._ranges)
+        if any(found):
+            return found.index(True)
+        header = bytearray(self.header.write(message, checksums, base))
+        out[: self.header.nbytes] = torch.frombuffer(header, dtype=torch.uint8)
+        return None
+
+    def read_ours(
+        self, raw: Tensor, table: Tensor, round: int | None, base: int, target: Tensor, weight: float = 0.0
+    ) -> Message | None:
+        """Check ``raw`` and decode it into ``target`` in one pass, if it is a message as :meth:`write` writes it and
+        C++ runs here; else None, and nothing is written: :meth:`check` finds what is wrong, or only in other words.
+
+        target: float32, the values, or empty for none; float64: target += weight · values.
+        """
+        if self.agreed.sparse or not runs_cpp(target) or len(raw) != self.nbytes:
+            return None
+        wanted = -1 if round is None else round
+        found = torch.ops.fibecfed.wire_read_(raw, table, *self._constants, wanted, base, weight, target).tolist()
+        return Message(*found[1:]) if found[0] else None
+
+    def check(self, header: dict[str, Any], payload: Tensor, base: int) -> Message:
+        """What a parsed header says, after every check of it and of the data."""
+        message, declared = self.header.read(header, len(payload), base)
+        checksums, bad = digest(payload, self._ranges)
+        for p, found, wanted in zip(self.payloads, checksums, declared, strict=True):
+            if found != wanted:
+                raise ChecksumError(p.name, f"CRC32C {found:08x}, the header says {wanted:08x}")
+        if any(bad):
+            raise NotFiniteError(self.payloads[bad.index(True)].name, "holds an infinite value or NaN")
+        return message
+
+    def unpack(self, payload: Tensor) -> dict[str, Tensor]:
+        """The tensors in the data of a message, views of it."""
+        return {p.name: payload[p.start : p.stop].view(p.dtype.torch).view(p.shape) for p in self.payloads}
+
+    def refusal(self, bad: int, data: Tensor, offsets: Sequence[int]) -> WireError:
+        """Why a payload cannot be sent; part i of what is sent begins at ``data[offsets[i]]``."""
+        name, names = self.payloads[bad].name, [p.name for p in self.parts]
+        index = names.index(name if name in names else name.removesuffix(".scale"))
+        values = data[offsets[index] : offsets[index] + self.parts[index].numel]
+        if not bool(values.isfinite().all()):
+            return NotFiniteError(names[index], "holds an infinite value or NaN")
+        most, largest = values.abs().max().item(), torch.finfo(self._stored).max
+        problem = f"magnitude {most:g} does not fit {self.agreed.dtype}, whose largest is {largest:g}"
+        return RangeError(names[index], problem)
+
+
+def running(sizes: Sequence[int], last: bool = False) -> list[int]:
+    """Where each of several things begins that follow one another; with ``last`` also where the last one ends."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts if last else starts[:-1]
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]]) -> list[Entry]:
+    entries: list[Entry] = []
+    for shape in shapes:
+        entries.append(Entry("", shape, entries[-1].offset + entries[-1].numel if entries else 0, None))
+    return entries

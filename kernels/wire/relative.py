@@ -1,0 +1,103 @@
+"""Messages relative to values that both ends have: differences, some rows only, and error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import Entry
+from .arguments import check_values
+from .digest import crc32c_of
+from .frame import Frame
+from .header import Agreed
+from .rows import Rows
+
+
+class Base(NamedTuple):
+    """What a message is relative to, float32 (numel,), and its CRC32C; None and 0 where it is relative to nothing."""
+
+    values: Tensor | None
+    crc32c: int
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values there. Only of a relative plan's."""
+        assert self.values is not None
+        return self.values.to(device)
+
+
+class Sent(NamedTuple):
+    """What is sent of the differences (or values): all, or those at ``positions``, with the rows' indices."""
+
+    frame: Frame
+    values: Tensor
+    indices: Tensor | None
+    positions: Tensor | None
+
+
+class Relation:
+    """How the messages of a plan relate to the values of an adapter. frame: of a message that carries every row."""
+
+    def __init__(self, frame: Frame, agreed: Agreed, delta: bool, entries: Sequence[Entry], chosen: Sequence[Entry]):
+        self.delta, self.frame, self._agreed = delta, frame, agreed
+        self.rows = Rows(entries, chosen) if agreed.sparse else None
+
+    def base(self, base: Tensor | None) -> Base:
+        """The argument ``base`` of a plan's methods, checked: there where it is needed, and nowhere else."""
+        if not self._agreed.based:
+            if base is not None:
+                raise ValueError("base: given, wanted None: the plan is neither delta nor sparse")
+            return Base(None, 0)
+        if base is None:
+            raise ValueError(f"base: None, wanted float32 ({self.frame.numel},): the plan is delta or sparse")
+        check_values("base", base, torch.float32, self.frame.numel)
+        return Base(base.detach(), crc32c_of(base.detach()))
+
+    def sent(self, values: Tensor, base: Base, rows: Tensor | None, residual: Tensor | None) -> Sent:
+        """What is to be sent; ``values``, all that could be, become what they are relative to the base, in place."""
+        if self.delta:
+            values -= base.on(values.device)
+        if residual is not None:
+            if not self.delta:
+                raise ValueError("residual: given, wanted None: error feedback is for differences, so a delta plan")
+            check_values("residual", residual, torch.float32, self.frame.numel)
+            values += residual.to(values.device)
+        if self.rows is None:
+            if rows is not None:
+                raise ValueError("rows: given, wanted None: the plan is not sparse")
+            return Sent(self.frame, values, None, None)
+        chosen = self.rows.chosen(rows)
+        positions = self.rows.positions(chosen).to(values.device)
+        frame = Frame(self.rows.parts(chosen), self._agreed)
+        return Sent(frame, values[positions], self.rows.indices(chosen), positions)
+
+    def keep(self, residual: Tensor, values: Tensor, sent: Sent, decoded: Tensor) -> None:
+        """residual ← values − what a receiver gets of them."""
+        if sent.positions is None:
+            values -= decoded
+        else:
+            values[sent.positions] -= decoded
+        residual.copy_(values)
+
+    def values(self, decoded: Tensor, rows: Tensor | None, base: Base) -> Tensor:
+        """The adapter's values, float32 (numel,), from what a message carries."""
+        if base.values is None:
+            return decoded
+        own = base.on(decoded.device)
+        if self.rows is None or rows is None:
+            return own + decoded
+        positions, result = self.rows.positions(rows).to(decoded.device), own.clone()
+        result[positions] = own[positions] + decoded if self.delta else decoded
+        return result
+
+    def add_(self, sum: Tensor, decoded: Tensor, rows: Tensor | None, base: Base, weight: float) -> None:
+        """sum += weight · (value − base), float64; where the message is relative to nothing, weight · value."""
+        if self.rows is None or rows is None:
+            sum += decoded.double() * weight
+            return
+        positions, differences = self.rows.positions(rows).to(sum.device), decoded.double()
+        if not self.delta:
+            differences -= base.on(sum.device)[positions].double()
+        sum.index_add_(0, positions, differences * weight)  # no position twice: one addition each, in any order
