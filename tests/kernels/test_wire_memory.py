@@ -1,0 +1,72 @@
+"""What averaging holds: one accumulator and one message, however many devices send."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.timing import peak_bytes
+from fibecfed_kernels import WireError, WirePlan, aggregate
+
+from .wire_tools import DTYPES, make_flat
+
+CPU = torch.device("cpu")
+SHAPES = ((0, (16, 1000)), (1, (1000, 16)), (None, (7,)))
+
+
+def planned(dtype: str) -> tuple[WirePlan, Tensor]:
+    flat = make_flat(SHAPES, spread=0.4)
+    plan = WirePlan(flat, (0, 1), dtype)  # type: ignore[arg-type]
+    return plan, plan.pack(flat, round=1, num_samples=1)
+
+
+def received(message: Tensor, broken: bool) -> Tensor:
+    """The message in memory of its own; a broken one fails its checksum."""
+    copy = message.clone()
+    copy[-1] ^= broken
+    return copy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken_from", [None, 1], ids=["all good", "all but one refused"])
+def test_the_peak_does_not_grow_with_the_devices(dtype: str, broken_from: int | None) -> None:
+    plan, message = planned(dtype)
+
+    def peak(devices: int) -> int:
+        refused: list[WireError] = []  # kept: a reason must not keep its message
+
+        def call() -> None:
+            messages = (received(message, broken_from is not None and i >= broken_from) for i in range(devices))
+            aggregate(plan, messages, [1.0] * devices, on_refused=lambda _, error: refused.append(error))
+
+        return peak_bytes(call, CPU)
+
+    accumulator, mean = 8 * plan.numel, 4 * plan.numel
+    assert peak(3) == peak(30)
+    assert 0 <= peak(30) - (accumulator + max(plan.nbytes, mean)) < 4096  # the rest: a few flags a tensor
+
+
+@pytest.mark.parametrize("broken_from", [None, 1], ids=["all good", "all but one refused"])
+def test_a_message_is_let_go_before_the_next_is_asked_for(broken_from: int | None) -> None:
+    plan, message = planned("float32")
+    gone: list[bool] = []
+
+    def watched() -> Iterator[Tensor]:
+        for i in range(4):
+            buffer = received(message, broken_from is not None and i >= broken_from)
+            alive = weakref.ref(buffer)
+            yield buffer
+            del buffer
+            gone.append(alive() is None)
+
+    gc.disable()  # let go, not collected later
+    try:
+        aggregate(plan, watched(), iter([1.0] * 4), on_refused=lambda *_: None)
+    finally:
+        gc.enable()
+    assert gone == [True] * 4
