@@ -1,11 +1,12 @@
-"""Packing, loading and averaging adapters beside memcpy and safetensors itself, which checks nothing.
+"""Packing, loading and averaging adapters beside memcpy and what federated code uses for it (``wire_peers``).
 
 Our reference is not timed: its CRC is a loop in Python, hundreds of times slower, and would leave few rounds to others.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import pytest
 import safetensors.torch
@@ -13,92 +14,142 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import WirePlan, aggregate
+from fibecfed_kernels.wire.plan import WireDtype
 
 from .adapters import MODELS, Adapter, Model
 from .comparison import Comparison, Provider, Work, relative_error
+from .wire_peers import (
+    Tensors,
+    Way,
+    flower_fedavg,
+    flower_pull,
+    flower_push,
+    flower_relay,
+    has_flower,
+    mean_by_hand,
+    ways,
+)
 
-DTYPES = ("float32", "bfloat16", "int8")
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord
+
+DTYPES: tuple[WireDtype, ...] = ("float32", "bfloat16", "int8")
 DEVICES = 10
+SHARES = {1: "all layers", 2: "half of the layers"}  # every n-th block travels: what is chosen lies scattered
 models = pytest.mark.parametrize("model", MODELS, ids=str)
+shares = pytest.mark.parametrize("every", SHARES, ids=SHARES.get)
+
+
+def plans_of(adapter: Adapter, every: int) -> dict[WireDtype, WirePlan]:
+    return {dtype: WirePlan(adapter, range(0, adapter.model.layers, every), dtype) for dtype in DTYPES}
+
+
+def travelling(adapter: Adapter, plan: WirePlan) -> dict[str, Tensor]:
+    """What a plan sends, by name: views of the adapter."""
+    tensors = adapter.tensors()
+    return {name: tensors[name] for name in plan.names}
+
+
+def own(tensors: Tensors) -> Tensors:
+    """The same in memory of their own, as the peers have them from an ordinary model."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def error_against(sent: Tensors) -> Callable[[Mapping[str, Tensor]], float]:
+    """Largest error of tensors by name."""
+    return lambda found: relative_error([found[name].float() for name in sent], [t.double() for t in sent.values()])
 
 
 @models
-def test_pack(compare: Comparison, device: torch.device, model: Model) -> None:
+@shares
+def test_pack(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
     adapter = Adapter(model, device)
-    plans = {dtype: WirePlan(adapter, range(model.layers), dtype) for dtype in DTYPES}  # type: ignore[arg-type]
-    outs = {dtype: plan.pack(adapter, round=1, num_samples=1) for dtype, plan in plans.items()}
-    tensors, copied = adapter.tensors(), torch.empty_like(adapter.data, device="cpu")
+    plans = plans_of(adapter, every)
+    plan = plans["float32"]
+    outs = {dtype: plan.pack(adapter, round=1, num_samples=1) for dtype, plan in plans.items()}  # pinned on CUDA
+    sent = own(travelling(adapter, plan))
+    error, values, copied = error_against(sent), adapter.data[: plan.numel], torch.empty(plan.numel)
 
-    def packed(dtype: str) -> Any:
-        return lambda: plans[dtype].pack(adapter, round=1, num_samples=1, out=outs[dtype])
+    def ours(dtype: WireDtype) -> Provider:
+        def call() -> Tensor:
+            return plans[dtype].pack(adapter, round=1, num_samples=1, out=outs[dtype])
 
-    def error(message: Tensor | bytes) -> float:
-        raw = message if isinstance(message, bytes) else bytes(message.numpy())
-        found = safetensors.torch.load(raw)
-        return relative_error([found[name].float() for name in tensors], [t.double() for t in tensors.values()])
+        def wrong(message: Tensor) -> float:
+            return error(safetensors.torch.load(message.numpy().tobytes()))
 
-    providers = {f"fibecfed {dtype}": Provider(packed(dtype), error if dtype != "int8" else None) for dtype in DTYPES}
-    providers["safetensors.torch.save"] = Provider(lambda: safetensors.torch.save(tensors), error)
-    providers["memcpy, no message"] = Provider(lambda: copied.copy_(adapter.data))
-    compare(Work("wire: pack", f"{model}, all layers", torch.float32, 8 * adapter.data.numel()), providers, 4e-3)
+        return Provider(call, None if dtype == "int8" else wrong)
+
+    def theirs(way: Way) -> Provider:
+        return Provider(lambda: way.encode(sent), lambda message: error(way.decode(way.relay(message), list(sent))))
+
+    providers = {f"fibecfed {dtype}": ours(dtype) for dtype in DTYPES}
+    providers |= {name: theirs(way) for name, way in ways().items()}
+    providers["memcpy, no message"] = Provider(lambda: copied.copy_(values))
+    compare(Work("wire: pack", f"{model}, {SHARES[every]}", torch.float32, 8 * plan.numel), providers, 4e-3)
 
 
 @models
-def test_load(compare: Comparison, device: torch.device, model: Model) -> None:
-    sent, adapter = Adapter(model, device), Adapter(model, device)
-    plans = {dtype: WirePlan(adapter, range(model.layers), dtype) for dtype in DTYPES}  # type: ignore[arg-type]
-    messages = {dtype: plan.pack(sent, round=1, num_samples=1) for dtype, plan in plans.items()}
-    plain, views = safetensors.torch.save(sent.tensors()), adapter.tensors()
-    host = sent.data.cpu()
+@shares
+def test_load(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
+    sender, adapter = Adapter(model, device), Adapter(model, device)
+    plans = plans_of(adapter, every)
+    plan = plans["float32"]
+    messages = {dtype: plan.pack(sender, round=1, num_samples=1) for dtype, plan in plans.items()}
+    sent, views = own(travelling(sender, plan)), travelling(adapter, plan)
+    host, values = sender.data[: plan.numel].cpu(), adapter.data[: plan.numel]
+    error = error_against(sent)
 
-    def loaded(dtype: str) -> Any:
-        def load() -> Tensor:
-            plans[dtype].load(messages[dtype], adapter)
-            return adapter.data
+    def loaded(_: object) -> float:
+        found = error(views)
+        adapter.data.zero_()  # who comes next must write it again
+        return found
 
-        return load
+    def ours(dtype: WireDtype) -> Provider:
+        return Provider(lambda: plans[dtype].load(messages[dtype], adapter), loaded)
 
-    def by_safetensors() -> Tensor:
-        for name, tensor in safetensors.torch.load(plain).items():
-            views[name].copy_(tensor)
-        return adapter.data
+    def theirs(way: Way) -> Provider:
+        message = way.relay(way.encode(sent))
 
-    def error(found: Tensor) -> float:
-        return relative_error([found], [sent.data.double()])
+        def call() -> None:
+            for name, tensor in way.decode(message, list(views)).items():
+                views[name].copy_(tensor)
 
-    providers = {f"fibecfed {dtype}": Provider(loaded(dtype), error) for dtype in DTYPES}
-    providers["safetensors.torch.load + copy (no checks)"] = Provider(by_safetensors, error)
-    providers["memcpy, no message"] = Provider(lambda: adapter.data.copy_(host))
-    compare(Work("wire: load", f"{model}, all layers", torch.float32, 8 * adapter.data.numel()), providers, 2e-2)
+        return Provider(call, loaded)
+
+    providers = {f"fibecfed {dtype}": ours(dtype) for dtype in DTYPES}
+    providers["fibecfed float32, unpack: views, no copy"] = Provider(lambda: plan.unpack(messages["float32"]), error)
+    providers |= {name: theirs(way) for name, way in ways().items()}
+    providers["memcpy, no message"] = Provider(lambda: values.copy_(host))
+    compare(Work("wire: load", f"{model}, {SHARES[every]}", torch.float32, 8 * plan.numel), providers, 2e-2)
 
 
 @models
 def test_aggregate(compare: Comparison, device: torch.device, model: Model) -> None:
+    """From messages as they arrived to the mean in each one's own form."""
     adapters = [Adapter(model, device) for _ in range(DEVICES)]
     plan = WirePlan(adapters[0], range(model.layers))
     messages = [plan.pack(adapter, round=1, num_samples=i + 1) for i, adapter in enumerate(adapters)]
-    weights = [float(i + 1) for i in range(DEVICES)]
-    truth = sum(w * a.data.double() for w, a in zip(weights, adapters, strict=True)) / sum(weights)
-    plain = [safetensors.torch.save(a.tensors()) for a in adapters]
+    counts = [i + 1 for i in range(DEVICES)]
+    truth = torch.stack([n * a.data.double() for n, a in zip(counts, adapters, strict=True)]).sum(0) / sum(counts)
+    error = error_against(adapters[0].tensors(truth))
+    states = [own(a.tensors()) for a in adapters]
+    files = [safetensors.torch.save(dict(state)) for state in states]
 
     def ours() -> Tensor:
-        return aggregate(plan, messages, weights, device=device)
+        return aggregate(plan, messages, counts, device=device)
 
-    def by_hand() -> Tensor:
-        """Decode all, then the weighted mean tensor by tensor, as FedAvg is mostly written."""
-        states = [safetensors.torch.load(message) for message in plain]
-        mean = {
-            name: sum(w * s[name] for w, s in zip(weights, states, strict=True)) / sum(weights) for name in states[0]
-        }
-        return torch.cat([mean[e.name].flatten() for e in adapters[0].entries])
-
-    def error(found: Tensor) -> float:
-        return relative_error([found], [truth])
-
-    numel = adapters[0].data.numel()
-    moved = DEVICES * (4 * numel + 16 * numel)  # a message read, the float64 sum read and written
     providers = {
-        "fibecfed": Provider(ours, error),
-        "safetensors.torch.load + mean by tensor": Provider(by_hand, error),
+        "fibecfed": Provider(ours, lambda mean: error(adapters[0].tensors(mean))),
+        "safetensors.torch.load + add_ by tensor": Provider(lambda: mean_by_hand(files, counts), error),
     }
+    if has_flower():
+        pushed = [flower_relay(flower_push(state, n)) for state, n in zip(states, counts, strict=True)]
+        records = [flower_pull(message) for message in pushed]
+
+        def of_record(mean: ArrayRecord) -> float:
+            return error(mean.to_torch_state_dict())
+
+        providers["Flower, pull + FedAvg"] = Provider(lambda: flower_fedavg(map(flower_pull, pushed)), of_record)
+        providers["Flower, FedAvg of what was pulled"] = Provider(lambda: flower_fedavg(records), of_record)
+    moved = DEVICES * (4 + 16) * plan.numel  # a message read, the float64 sum read and written
     compare(Work("wire: aggregate", f"{model}, {DEVICES} devices", torch.float32, moved), providers, 1e-5)
