@@ -6,7 +6,7 @@ whether its values are finite. What travels is checked by
 
 * safetensors: header, offsets and sizes; nothing of the values.
 * torch.save: it writes a CRC32 a tensor, which torch.load does not look at; ``weights_only`` bounds what is unpickled.
-* Flower, ArrayRecord: SHA-256 of every object when it is sent, compared by the server's store, not by the receiver.
+* Flower, ArrayRecord: SHA-256 of every object when it is sent, compared by the store between, not by who reads it.
 * Flower, ndarrays_to_parameters: NumPy's header of each array.
 """
 
