@@ -166,7 +166,7 @@ Tensor wire_write_(
 
 // int64 (3,): whether the message is one of this frame as wire_write_ writes it, of `round` unless that is -1, with
 // every value finite; its round; its samples. Only then `target` is written: float32: the values (none where it is
-// empty); float64: target += weight · values.
+// empty); float64: target += weight · values, where a weight below 0 stands for the samples.
 Tensor wire_read_(
     const Tensor& message, const Tensor& table, const Tensor& ranges, const Tensor& header, const Tensor& places,
     int64_t round, int64_t base, double weight, Tensor target) {
@@ -200,6 +200,7 @@ Tensor wire_read_(
   if (bad || std::memcmp(wanted.data(), start, wanted.size()) != 0) return result;
   out[0] = 1;
   if (!writes) return result;
+  if (weight < 0) weight = static_cast<double>(found_samples);
   wire::visit_codec(f.dtype(), payload + f.at.scale_bytes, payload, [&](auto codec) {
     if (adds) {
       auto* const sum = static_cast<double*>(target.data_ptr());

@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from fibecfed_kernels import Entry, row_layout
 
 BLOCK = re.compile(r"^(?P<stack>.*?\.(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
-VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
+# of a configuration, what does not say which model it is; a model sets some of it itself when it is first used
+VOLATILE_CONFIG = (
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+)  # fmt: skip
 ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias")
 
 

@@ -23,7 +23,7 @@ def save_checkpoint(
     run_dir: Path, round_: int, elapsed: float, server: Server, store: LocalStore, devices: list[Device]
 ) -> None:
     """Write the state after ``round_``; an interruption meanwhile leaves the one before."""
-    tensors = {"global": server.values.cpu(), "local": store.rows.cpu()}
+    tensors = {"global": server.values.cpu(), "local": store.rows.cpu(), "residuals": store.residuals.cpu()}
     tensors["participations"] = torch.tensor([device.rounds for device in devices])
     for device in devices:
         if device.scores is not None:
@@ -48,13 +48,19 @@ def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: l
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise RecordError(f"{path}: {error}") from None
-    wanted = {"global": server.values.shape, "local": store.rows.shape, "participations": (len(devices),)}
+    wanted = {
+        "global": server.values.shape,
+        "local": store.rows.shape,
+        "residuals": store.residuals.shape,
+        "participations": (len(devices),),
+    }
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != torch.Size(shape):
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise RecordError(f"{path}: {name} is {found}, wanted {tuple(shape)}: it belongs to another run")
     server.values = tensors["global"].to(server.values.device)
     store.rows.copy_(tensors["local"])
+    store.residuals.copy_(tensors["residuals"])
     for device in devices:
         device.rounds = int(tensors["participations"][device.index])
         scores = tensors.get(f"scores.{device.index}")

@@ -28,9 +28,9 @@ def export_adapter(fed: Federation, server: Server, store: LocalStore, path: Pat
     bytes_up = 0
     server.put()
     store.reset()
-    local = [layer for layer in fed.flat.layers if layer not in set(server.plan.layers)]
+    local = [layer for layer in fed.flat.layers if layer not in set(server.up.layers)]
     if local and trained:
-        plan = WirePlan(fed.flat, local, dtype=server.plan.dtype)
+        plan = WirePlan(fed.flat, local, dtype=server.down.dtype)
 
         def uploads():  # type: ignore[no-untyped-def]
             for device in trained:

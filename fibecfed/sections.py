@@ -222,12 +222,30 @@ class Neurons(Section):
 class Wire(Section):
     """What travels between devices and server, and the modelled link."""
 
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
-        default="float32", description="of values on the wire"
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] = Field(
+        default="float32", description="of the values that devices send"
+    )
+    down_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = Field(
+        default=None, description="of those that the server sends; unset: the devices', float32 where theirs is int4"
+    )
+    delta: bool = Field(default=False, description="devices send differences to what they received")
+    error_feedback: bool = Field(
+        default=False, description="with delta: a device adds what its last message lost to its next one"
     )
     up_mbit: Positive = Field(default=20.0, description="modelled upload of a device, Mbit/s")
     down_mbit: Positive = Field(default=100.0, description="modelled download of a device, Mbit/s")
     latency_ms: NotNegative = Field(default=50.0, description="modelled latency of a message, ms")
+
+    @property
+    def down(self) -> Literal["float32", "bfloat16", "float16", "int8"]:
+        """The dtype of what the server sends."""
+        return self.down_dtype or ("float32" if self.dtype == "int4" else self.dtype)
+
+    @model_validator(mode="after")
+    def _feedback_is_for_differences(self) -> Self:
+        if self.error_feedback and not self.delta:
+            raise ValueError("error_feedback is for differences: set delta = true with it")
+        return self
 
 
 class Eval(Section):

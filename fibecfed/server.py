@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +17,16 @@ from .seeds import stream
 
 
 class Server:
-    """Holds the travelling part of the adapter as one float32 vector; everything that leaves it is a wire message."""
+    """Holds the travelling part of the adapter as one float32 vector; everything that leaves it is a wire message.
 
-    def __init__(
-        self, flat: FlatAdapter, gal: Sequence[int], dtype: Literal["float32", "bfloat16", "float16", "int8"], seed: int
-    ) -> None:
-        self.plan = WirePlan(flat, gal, dtype=dtype)
-        self.values = self.plan.gather(flat)
+    Attributes: ``down`` and ``up``, the plans of what the server and what the devices send; ``base``: what devices have
+    after the last broadcast, where they send differences to it, else None.
+    """
+
+    def __init__(self, flat: FlatAdapter, gal: Sequence[int], wire: Wire, seed: int) -> None:
+        self.down, self.up = WirePlan(flat, gal, wire.down), WirePlan(flat, gal, wire.dtype, delta=wire.delta)
+        self.values = self.down.gather(flat)
+        self.base: Tensor | None = None
         self._flat = flat
         self._seed = seed
 
@@ -35,12 +37,15 @@ class Server:
     def broadcast(self, round_: int) -> Tensor:
         """The message with GAL and head that every device of the round gets (uint8)."""
         self.put()
-        return self.plan.pack(self._flat, round=round_, num_samples=0)
+        message = self.down.pack(self._flat, round=round_, num_samples=0)
+        if self.up.delta:
+            self.down.load(message, self._flat)  # rounded, where the wire rounds
+            self.base = self.down.gather(self._flat)
+        return message
 
     def put(self) -> None:
         """Write GAL and head into the buffer."""
-        self._flat.check(gradients=False)
-        self.plan.scatter_(self.values, self._flat)
+        self.down.scatter_(self.values, self._flat)
 
     def average(self, uploads: Iterable[Tensor], weights: Sequence[float], round_: int) -> dict[int, str]:
         """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
@@ -52,11 +57,12 @@ class Server:
         refused: dict[int, str] = {}
         try:
             self.values = aggregate(
-                self.plan,
+                self.up,
                 uploads,
                 weights,
                 round=round_,
                 device=self.values.device,
+                base=self.base,
                 on_refused=lambda place, error: refused.__setitem__(place, f"{error.field}: {error.problem}"),
             )
         except CountError as error:
@@ -66,14 +72,16 @@ class Server:
 
 
 class LocalStore:
-    """The local layers of all devices: row k is what device k keeps between its rounds, float32 (devices, local
-    values)."""
+    """What every device keeps between its rounds. Row k of ``rows``: device k's local layers, float32 (devices, local
+    values); of ``residuals``: what its last message lost, with error feedback, float32 (devices, values sent).
+    """
 
-    def __init__(self, flat: FlatAdapter, gal: Sequence[int], devices: int) -> None:
+    def __init__(self, flat: FlatAdapter, gal: Sequence[int], devices: int, residual: int = 0) -> None:
         self._flat = flat
         self._slices = [flat.values(layer) for layer in flat.layers if layer not in set(gal)]
         self.initial = self._gather()
         self.rows = self.initial.expand(devices, -1).clone()
+        self.residuals = self.rows.new_zeros(devices, residual)
 
     def _gather(self) -> Tensor:
         parts = [self._flat.data.detach()[s] for s in self._slices]
@@ -106,7 +114,6 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int] | np.ndarray) 
     return float(np.average(np.asarray(values, dtype=np.float64), weights=np.asarray(weights, dtype=np.float64)))
 
 
-def link_seconds(wire: Wire, nbytes: int) -> float:
-    """Modelled seconds of a round's exchange: the devices in parallel, each one message of ``nbytes`` down and one
-    up."""
-    return 2 * wire.latency_ms / 1e3 + 8 * nbytes * (1 / wire.up_mbit + 1 / wire.down_mbit) / 1e6
+def link_seconds(wire: Wire, up: int, down: int) -> float:
+    """Modelled seconds of a round's exchange: the devices in parallel, each one message down and one up, in bytes."""
+    return 2 * wire.latency_ms / 1e3 + 8 * (up / wire.up_mbit + down / wire.down_mbit) / 1e6

@@ -146,8 +146,10 @@ class _Simulation:
 
     def _divide(self) -> None:
         """Part the adapter into what the server holds (GAL, head) and what every device keeps (local layers)."""
-        self.server = Server(self.flat, self.client.gal, self.config.wire.dtype, self.config.seed)
-        self.store = LocalStore(self.flat, self.client.gal, len(self.fed.devices))
+        wire = self.config.wire
+        self.server = Server(self.flat, self.client.gal, wire, self.config.seed)
+        residual = self.server.up.numel if wire.error_feedback else 0
+        self.store = LocalStore(self.flat, self.client.gal, len(self.fed.devices), residual)
 
     def _use_shares(self, shares: Mapping[int, float]) -> None:
         if shares:
@@ -184,34 +186,36 @@ class _Simulation:
     # -- tuning phase --------------------------------------------------------------------------------------------
 
     def _round(self, t: int) -> RoundRecord:
-        config, fed, plan = self.config, self.fed, self.server.plan
-        drawn = [fed.devices[k] for k in self.server.draw(t, len(fed.devices), config.train.per_round)]
+        config, fed, server = self.config, self.fed, self.server
+        drawn = [fed.devices[k] for k in server.draw(t, len(fed.devices), config.train.per_round)]
         share = self._share(t)
         results = []
 
         def uploads(broadcast: Tensor) -> Iterator[Tensor]:
             for device in drawn:
                 with self.watch.phase("pack"):
-                    plan.load(broadcast, self.flat, round=t)
+                    server.down.load(broadcast, self.flat, round=t)
                     self.store.load(device.index)
                 self._score_if_new(device)
                 with self.watch.phase("train"):
                     results.append(self._train(device, t, share, len(drawn)))
                 with self.watch.phase("pack"):
                     self.store.save(device.index)
-                    message = plan.pack(self.flat, round=t, num_samples=device.size)
+                    residual = self.store.residuals[device.index] if config.wire.error_feedback else None
+                    message = server.up.pack(
+                        self.flat, round=t, num_samples=device.size, base=server.base, residual=residual
+                    )
                 yield message
 
         with self.watch.phase("pack"):
-            broadcast = self.server.broadcast(t)
+            broadcast = server.broadcast(t)
         with self.watch.phase("aggregate"):
-            refused = self.server.average(uploads(broadcast), [device.size for device in drawn], t)
+            refused = server.average(uploads(broadcast), [device.size for device in drawn], t)
         evaluated = t % config.eval.every == 0 or t == config.train.rounds
         accuracies: dict[str, Any] = {}
         if evaluated:
             with self.watch.phase("evaluate"):
                 accuracies = evaluate(self.fed, self.client, self.server, self.store, self.observer.on_phase)
-        up, down = len(drawn) * plan.nbytes, len(drawn) * plan.nbytes
         samples = sum(result.samples for result in results)
         return RoundRecord(
             round=t,
@@ -222,10 +226,10 @@ class _Simulation:
             layers_active=len(self.client.gal),
             rows_active=round(float(np.mean([result.rows for result in results]))),
             rows_total=self.flat.num_rows,
-            bytes_up=up,
-            bytes_down=down,
+            bytes_up=len(drawn) * server.up.nbytes,
+            bytes_down=len(drawn) * server.down.nbytes,
             seconds=self.watch.take(),
-            modelled_seconds=link_seconds(config.wire, plan.nbytes),
+            modelled_seconds=link_seconds(config.wire, server.up.nbytes, server.down.nbytes),
             elapsed=self.watch.elapsed,
             refused={drawn[place].index: reason for place, reason in refused.items()},
             **accuracies,

@@ -41,7 +41,11 @@ class Entry:
 
 
 class FlatBuffers(Protocol):
-    """What the wire needs of a flat adapter: the buffer, its entries, and what identifies model and adapter."""
+    """What the wire needs of a flat adapter: the buffer, its entries, and what identifies model and adapter.
+
+    Where there is a method ``check(gradients=False)``, as :class:`fibecfed.FlatAdapter` has it, it is called before
+    values are read or written: it raises when the model no longer uses the buffer.
+    """
 
     @property
     def data(self) -> Tensor: ...
@@ -75,3 +79,14 @@ def row_layout(entries: Sequence[Entry], device: torch.device | str = "cpu", lin
         offset += entry.numel
         first_row += entry.rows
     return torch.tensor(lines, dtype=torch.int64).reshape(-1, 4).to(device)
+
+
+def merged_spans(entries: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) in values of what ``entries`` cover of the buffer, neighbours as one."""
+    slices: list[tuple[int, int]] = []
+    for e in entries:
+        if e.numel and slices and slices[-1][1] == e.offset:
+            slices[-1] = (slices[-1][0], e.offset + e.numel)
+        elif e.numel:
+            slices.append((e.offset, e.offset + e.numel))
+    return tuple(slices)

@@ -41,8 +41,10 @@ def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype
     return end
 
 
-def sorted_layers(layers: Iterable[int], entries: Sequence[Entry]) -> tuple[int, ...]:
+def sorted_layers(layers: Iterable[int] | None, entries: Sequence[Entry]) -> tuple[int, ...]:
     known = {e.layer for e in entries if e.layer is not None}
+    if layers is None:
+        return tuple(sorted(known))
     try:
         given = list(layers)
         found = [operator.index(layer) for layer in given]
@@ -100,9 +102,8 @@ def checked_weight(name: str, value: float, index: int | None = None) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None
     if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
-        raise WeightError(
-            "weight", f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index
-        )
+        field = "weight" if name.startswith("weight") else name
+        raise WeightError(field, f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index)
     return weight
 
 

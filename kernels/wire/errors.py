@@ -49,7 +49,11 @@ class MetadataError(WireError):
 
 
 class SchemaError(WireError):
-    """Made for another base model, adapter, choice of layers or wire dtype."""
+    """Made for another base model, adapter, choice of layers, wire dtype or kind of plan.
+
+    Compare ``plan.fingerprint`` at both ends and, where they differ, ``flat.identity``, the names and shapes in
+    ``flat.entries``, and the plan's arguments: the fingerprint is of these.
+    """
 
 
 class NamesError(WireError):

@@ -104,7 +104,8 @@ class Frame:
         """Check ``raw`` and decode it into ``target`` in one pass, if it is a message as :meth:`write` writes it and
         C++ runs here; else None, and nothing is written: :meth:`check` finds what is wrong, or only in other words.
 
-        target: float32, the values, or empty for none; float64: target += weight · values.
+        target: float32, the values, or empty for none; float64: target += weight · values, where a weight below 0
+        stands for the message's sample count.
         """
         if self.agreed.sparse or not runs_cpp(target) or len(raw) != self.nbytes:
             return None

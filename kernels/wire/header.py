@@ -161,5 +161,8 @@ def check_agreed(metadata: Any, agreed: Agreed) -> str:
         raise VersionError("metadata.version", f"{version}, this reader knows {MAJOR}.x")
     for name, wanted in agreed.fields.items():
         if metadata.get(name) != wanted:
-            raise SchemaError(f"metadata.{name}", f"{short(metadata.get(name))}, wanted {short(wanted)}")
+            problem = f"{short(metadata.get(name))}, wanted {short(wanted)}"
+            if name == "schema":
+                problem += ": of another base model, adapter or kind of plan; compare flat.identity at both ends"
+            raise SchemaError(f"metadata.{name}", problem)
     return version

@@ -15,7 +15,7 @@ from .plan import WirePlan
 def aggregate(
     plan: WirePlan,
     buffers: Iterable[Buffer],
-    weights: Iterable[float],
+    weights: Iterable[float] | None = None,
     *,
     round: int | None = None,
     device: torch.device | str = "cpu",
@@ -31,14 +31,15 @@ def aggregate(
         plan: what the messages must be.
         buffers: messages; each is checked, added and let go before the next is asked for, so a generator that receives
             them holds one at a time.
-        weights: one a message, finite, in [1e-100, 1e100]; FedAvg's are the sample counts.
+        weights: one a message, finite, in [1e-100, 1e100]. None: FedAvg's, the sample counts that the messages state
+            (a device can claim any number: give your own where that matters).
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
         base: what the messages of a delta or sparse plan are relative to; the mean is then base + Σ w_i (v_i − base) /
             Σ w_i, where a row that a message does not carry counts with its value in the base.
         max_bytes: a longer message is refused before it is looked at.
         on_refused: called with the index and the reason of each message that is refused, which is then left out of the
-            mean, weight and all. None: the first one ends it.
+            mean, weight and all. None: the first one ends it. A given weight that is out of range ends it all the same.
 
     The sum is float64, 8 bytes a value: with n messages its error before the final rounding to float32 is below
     (n + 1)·2⁻⁵³·Σ w_i |v_i| / Σ w_i. So equal messages average to themselves exactly, in every wire dtype; and the
@@ -48,34 +49,35 @@ def aggregate(
 
     Raises:
         CountError: no message, none that was taken, or not as many weights as messages. WeightError: a weight outside
-            its range. WireError: a message is refused and there is no ``on_refused``; its ``index`` tells which.
+            its range; a message of no samples, where these are the weights. WireError: a message is refused and there
+            is no ``on_refused``; its ``index`` tells which.
     """
     if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)):
         raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
-    if not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)):
-        raise TypeError(f"weights: {weights!r}, wanted a number for each message")
+    if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
+        raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     of = plan._relation.base(base)
     sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
     total, index, taken = 0.0, 0, 0
-    messages, shares = iter(buffers), iter(weights)
+    messages, shares = iter(buffers), None if weights is None else iter(weights)
     while True:  # not zip or enumerate: they would keep a message alive while the next one is made
         try:
             buffer = next(messages)
         except StopIteration:
             break
-        weight = _next_weight(shares, index)
+        weight = None if shares is None else _next_weight(shares, index)
         try:
-            plan._add(sum, buffer, weight, round, of, max_bytes)
+            message = plan._add(sum, buffer, weight, round, of, max_bytes)
         except WireError as error:
             if on_refused is None:
                 raise error.at(index) from None
             on_refused(index, error.at(index))
         else:
-            total += weight
+            total += message.num_samples if weight is None else weight
             taken += 1
         del buffer
         index += 1
-    if next(shares, None) is not None:
+    if shares is not None and next(shares, None) is not None:
         raise CountError("weights", f"more than the {index} messages, wanted one a message")
     if index == 0:
         raise CountError("buffers", "no messages, wanted at least one")

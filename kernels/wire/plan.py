@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .._dispatch import run
-from ..layout import Entry, FlatBuffers
+from ..layout import FlatBuffers, merged_spans
 from .arguments import (
     Buffer,
     bytes_of,
@@ -23,7 +23,7 @@ from .arguments import (
 from .format import DTYPES, LENGTH_BYTES, Message, Part, WireDtype, fingerprint_of
 from .frame import Frame, running
 from .header import Agreed
-from .reader import Opened, Target, opened
+from .reader import OWN, Opened, Target, opened
 from .relative import Base, Relation
 
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ class WirePlan:
 
     Args:
         flat: the adapter (:class:`fibecfed_kernels.FlatBuffers`); only its entries and identity are kept.
-        layers: indices of the transformer blocks that travel, in any order. Entries without a block (the head) always
-            do.
+        layers: indices of the transformer blocks that travel, in any order; None: all. Entries without a block (the
+            head) always do.
         dtype: of the values on the wire. ``"float32"`` is exact; ``"bfloat16"`` and ``"float16"`` round to nearest
             even, by at most 2⁻⁹ and 2⁻¹² of a value's next power of two (float16: or 2⁻²⁵, if that is more);
             ``"int8"`` sends q = round(x / s) with one float32 scale s = max|row| / 127 a row (tensor ``name +
@@ -62,7 +62,7 @@ class WirePlan:
     def __init__(
         self,
         flat: FlatBuffers,
-        layers: Iterable[int],
+        layers: Iterable[int] | None = None,
         dtype: WireDtype = "float32",
         *,
         delta: bool = False,
@@ -80,7 +80,7 @@ class WirePlan:
         chosen = tuple(e for e in self._entries if e.layer is None or e.layer in self.layers)
         self.names = tuple(e.name for e in chosen)
         self.numel = sum(e.numel for e in chosen)
-        self.slices = _merged(chosen)
+        self.slices = merged_spans(chosen)
         self.fingerprint = fingerprint_of(
             self._identity, chosen, self.layers, dtype, delta=self.delta, sparse=self.sparse
         )
@@ -200,7 +200,7 @@ class WirePlan:
         self,
         sum: Tensor,
         buffer: Buffer,
-        weight: float,
+        weight: float | None,
         round: int | None = None,
         *,
         base: Tensor | None = None,
@@ -208,17 +208,21 @@ class WirePlan:
     ) -> Message:
         """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,).
 
-        In a delta or sparse plan what is added is weight · (values − base).
+        weight: None: the message's own sample count. In a delta or sparse plan what is added is weight · (values −
+        base).
         """
         return self._add(sum, buffer, weight, round, self._relation.base(base), max_bytes)
 
     def _add(
-        self, sum: Tensor, buffer: Buffer, weight: float, round: int | None, base: Base, max_bytes: int | None
+        self, sum: Tensor, buffer: Buffer, weight: float | None, round: int | None, base: Base, max_bytes: int | None
     ) -> Message:
         check_values("sum", sum, torch.float64, self.numel)
-        weight = checked_weight("weight", weight)
+        if weight is not None:
+            weight = checked_weight("weight", weight)
         table = self._table("values to message", sum.device)
-        found = self._open(buffer, round, base, max_bytes, Target(sum, table, weight))
+        found = self._open(buffer, round, base, max_bytes, Target(sum, table, OWN if weight is None else weight))
+        if weight is None:  # 0 has added nothing so far
+            weight = checked_weight("metadata.num_samples", found.message.num_samples)
         if found.rows is not None:
             decoded = self._decoded(found.frame, found.payload, sum.device)
             self._relation.add_(sum, decoded, found.rows, base, weight)
@@ -277,6 +281,9 @@ class WirePlan:
     def _data(self, flat: FlatBuffers) -> Tensor:
         """The flat buffer without autograd, if it is the adapter that the plan was made for."""
         check_flat(flat)
+        check = getattr(flat, "check", None)
+        if check is not None:
+            check(gradients=False)
         data = flat.data.detach()
         if data.dtype != torch.float32 or data.shape != (self._flat_numel,) or not data.is_contiguous():
             what = f"{data.dtype} {tuple(data.shape)}"
@@ -291,13 +298,3 @@ class WirePlan:
         if (name, device) not in self._tables:  # a copy a device, made when first asked for
             self._tables[name, device] = self._tables[name, CPU].to(device)
         return self._tables[name, device]
-
-
-def _merged(entries: Sequence[Entry]) -> tuple[tuple[int, int], ...]:
-    slices: list[tuple[int, int]] = []
-    for e in entries:
-        if e.numel and slices and slices[-1][1] == e.offset:
-            slices[-1] = (slices[-1][0], e.offset + e.numel)
-        elif e.numel:
-            slices.append((e.offset, e.offset + e.numel))
-    return tuple(slices)

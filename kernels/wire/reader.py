@@ -13,6 +13,8 @@ from .header import Agreed, check_agreed, size_of
 from .parsing import parsed
 from .rows import Rows
 
+OWN = -1.0  # as a weight: the message's own sample count
+
 
 class Opened(NamedTuple):
     """A message that passed every check. rows: those of a sparse one. decoded: its values are in the target."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from fibecfed import BrokenViewsError, FlatAdapter
 from fibecfed.adapter import layer_of
+from fibecfed_kernels import WirePlan
 from tests.fibecfed.tiny import KINDS, LAYERS, base, batch, tiny
 
 
@@ -221,3 +222,17 @@ def test_two_stacks_of_blocks_are_refused() -> None:
 )
 def test_a_block_index_is_read_from_the_name(name: str, layer: int | None) -> None:
     assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_refuses_a_model_that_left_the_buffer_and_identity_outlives_training(kind: str) -> None:
+    fresh, used = FlatAdapter(tiny(kind)), tiny(kind)
+    used(**batch()).loss.backward()  # sets the configuration's problem_type, for one
+    trained = FlatAdapter(used)
+    assert dict(trained.identity) == dict(fresh.identity)
+    plan = WirePlan(fresh)
+    message = plan.pack(trained, round=0, num_samples=1)
+    trained.model.half()
+    for use in (lambda: plan.pack(trained, round=0, num_samples=1), lambda: plan.load(message, trained)):
+        with pytest.raises(BrokenViewsError, match="left the flat buffer"):
+            use()

@@ -59,7 +59,7 @@ def test_the_f1_is_that_of_class_1() -> None:
 def test_means_are_weighted_and_the_link_counts_latency_and_bits() -> None:
     assert weighted_mean([1.0, 0.0], [3, 1]) == 0.75
     wire = Wire(up_mbit=8.0, down_mbit=80.0, latency_ms=50.0)
-    assert link_seconds(wire, 1_000_000) == pytest.approx(0.1 + 1.0 + 0.1)
+    assert link_seconds(wire, 1_000_000, 2_000_000) == pytest.approx(0.1 + 1.0 + 0.2)
 
 
 @pytest.mark.parametrize("personal", [True, False])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fibecfed import BrokenViewsError
+from fibecfed.sections import Wire
 from fibecfed.server import LocalStore, Server
 from fibecfed_kernels import WireError
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_devices_are_drawn_by_seed_and_round_without_replacement_in_order() -> None:
     flat = federation().flat
-    server, other = Server(flat, (1,), "float32", 3), Server(flat, (1,), "float32", 4)
+    server, other = Server(flat, (1,), Wire(), 3), Server(flat, (1,), Wire(), 4)
     drawn = [server.draw(t, 20, 7) for t in range(1, 20)]
     assert drawn == [server.draw(t, 20, 7) for t in range(1, 20)]
     assert all(sorted(set(devices)) == devices and len(devices) == 7 for devices in drawn)
@@ -32,10 +33,10 @@ def test_a_broadcast_is_the_servers_values_whatever_the_buffer_held() -> None:
     message = server.broadcast(5)
     store.load(2)
     fed.flat.data.data[fed.flat.values(1)] = 9.0
-    server.plan.load(message, fed.flat, round=5)
+    server.down.load(message, fed.flat, round=5)
     assert torch.equal(fed.flat.data.detach(), buffer(fed, server, store.rows[2]))
     with pytest.raises(WireError, match="round"):
-        server.plan.load(message, fed.flat, round=4)
+        server.down.load(message, fed.flat, round=4)
 
 
 def test_the_mean_of_uploads_is_weighted_and_of_this_round_alone() -> None:
@@ -44,8 +45,8 @@ def test_the_mean_of_uploads_is_weighted_and_of_this_round_alone() -> None:
     first, second = torch.randn_like(server.values), torch.randn_like(server.values)
 
     def upload(values: torch.Tensor, round_: int) -> torch.Tensor:
-        server.plan.scatter_(values, fed.flat)
-        return server.plan.pack(fed.flat, round=round_, num_samples=1)
+        server.up.scatter_(values, fed.flat)
+        return server.up.pack(fed.flat, round=round_, num_samples=1)
 
     assert server.average((upload(values, 2) for values in (first, second)), [1, 3], 2) == {}
     mean = (first + 3 * second) / 4
@@ -95,3 +96,30 @@ def test_a_model_that_left_the_buffer_is_refused() -> None:
     for write in (server.put, store.reset, lambda: store.load(0), lambda: server.broadcast(1)):
         with pytest.raises(BrokenViewsError):
             write()
+
+
+def test_differences_are_to_what_was_received_and_what_a_message_loses_comes_with_the_next() -> None:
+    fed = federation("wire.dtype=int4", "wire.down_dtype=bfloat16", "wire.delta=true", "wire.error_feedback=true")
+    server, _ = halves(fed)
+    flat, plan = fed.flat, server.up
+    server.down.load(server.broadcast(3), flat)
+    received = server.down.gather(flat)
+    assert server.base is not None
+    assert torch.equal(server.base, received)
+    assert not torch.equal(received, server.values)  # bfloat16
+    change, residual = 0.01 * torch.randn(plan.numel), torch.zeros(plan.numel)
+    server.down.scatter_(received + change, flat)
+    uploads = [plan.pack(flat, round=3, num_samples=1, base=server.base, residual=residual) for _ in range(2)]
+    server.average(uploads, [1, 1], 3)
+    torch.testing.assert_close(server.values, received + change - residual / 2, rtol=0, atol=1e-5)
+    assert residual.any()
+
+
+def test_feedback_without_differences_is_refused_and_int4_is_for_devices() -> None:
+    with pytest.raises(ValueError, match="error_feedback is for differences"):
+        Wire(error_feedback=True)
+    assert Wire(dtype="int4").down == "float32"
+    assert Wire(dtype="int8").down == "int8"
+    assert Wire(dtype="int8", down_dtype="bfloat16").down == "bfloat16"
+    with pytest.raises(ValueError, match="down_dtype"):
+        Wire(down_dtype="int4")  # type: ignore[arg-type]

@@ -122,12 +122,17 @@ class Interrupt(SilentObserver):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("during", ["round 1", "round 3"])
+COMPRESSED = ["wire.dtype=int4", "wire.down_dtype=bfloat16", "wire.delta=true", "wire.error_feedback=true"]
+
+
+@pytest.mark.parametrize(("during", "wire"), [("round 1", []), ("round 3", []), ("round 3", COMPRESSED)])
 def test_an_interrupted_run_resumes_to_the_same_record(
-    finished: RunRecord, sources: tuple[Path, Path], tmp_path: Path, during: str
+    finished: RunRecord, sources: tuple[Path, Path], tmp_path: Path, during: str, wire: list[str]
 ) -> None:
+    if wire:
+        finished = run(config(sources, tmp_path / "whole", *wire))
     with pytest.raises(KeyboardInterrupt):
-        run(config(sources, tmp_path), observer=Interrupt(during))
+        run(config(sources, tmp_path, *wire), observer=Interrupt(during))
     folder = tmp_path / "test"
     assert len(read_record(folder).rounds) == int(during[-1]) - 1
     resumed = resume(folder)
@@ -162,6 +167,7 @@ VARIANTS: list[list[str]] = [
         "train.epochs=2",
         "curriculum.labels=model",
     ],
+    COMPRESSED,
     [
         "partition.scheme=iid",
         "eval.every=2",

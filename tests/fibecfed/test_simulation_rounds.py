@@ -66,24 +66,24 @@ def test_a_device_trains_on_the_servers_layers_and_its_own_and_the_server_takes_
 
     train_by(run, monkeypatch, training)
     uploads: list[int] = []
-    pack = server.plan.pack
+    pack = server.up.pack
 
-    def spy(flat: Any, *, round: int, num_samples: int) -> torch.Tensor:
+    def spy(flat: Any, *, num_samples: int, **others: Any) -> torch.Tensor:
         uploads.append(num_samples)
-        return pack(flat, round=round, num_samples=num_samples)
+        return pack(flat, num_samples=num_samples, **others)
 
-    monkeypatch.setattr(server.plan, "pack", spy)
+    monkeypatch.setattr(server.up, "pack", spy)
     drawn = run._round(1).devices
     assert drawn == server.draw(1, 3, 2) == sorted(met)
     for k in drawn:
         server.values = values
         assert torch.equal(met[k], buffer(run.fed, server, rows[k]))
     wanted = np.average([k + 1 for k in drawn], weights=[SIZES[k] for k in drawn])
-    server_after = run.server.plan.gather(flat)  # the round's evaluation put the new values into the buffer
+    server_after = run.server.up.gather(flat)  # the round's evaluation put the new values into the buffer
     assert server_after.tolist() == pytest.approx([wanted] * len(values))
     for k in range(3):
         assert torch.equal(store.rows[k], torch.full_like(rows[k], k + 1.0) if k in drawn else rows[k])
-    assert uploads == [0, *(SIZES[k] for k in drawn)]
+    assert uploads == [SIZES[k] for k in drawn]
 
 
 def test_other_rounds_draw_other_devices_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,17 +99,19 @@ def test_other_rounds_draw_other_devices_by_the_seed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_round_is_recorded_number_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = begun(monkeypatch, "wire.dtype=int8", "train.rounds=3", "wire.up_mbit=1.0", gal=(0, 1))
+    run = begun(
+        monkeypatch, "wire.dtype=int8", "wire.down_dtype=bfloat16", "train.rounds=3", "wire.up_mbit=1.0", gal=(0, 1)
+    )
     results = [TrainResult(0.5, 10, 7), TrainResult(2.0, 30, 10)]
     train_by(run, monkeypatch, lambda device, t, share: results.pop(0))
     entry = run._round(2)
-    nbytes = WirePlan(run.flat, (0, 1), dtype="int8").nbytes
+    up, down = (WirePlan(run.flat, (0, 1), dtype=dtype).nbytes for dtype in ("int8", "bfloat16"))
     assert entry.round == 2
     assert entry.loss == pytest.approx((0.5 * 10 + 2.0 * 30) / 40)
     assert (entry.samples, entry.rows_active, entry.rows_total) == (40, 8, run.flat.num_rows)
     assert entry.layers_active == 2
-    assert (entry.bytes_up, entry.bytes_down) == (2 * nbytes, 2 * nbytes)
-    assert entry.modelled_seconds == link_seconds(run.config.wire, nbytes)
+    assert (entry.bytes_up, entry.bytes_down) == (2 * up, 2 * down)
+    assert entry.modelled_seconds == link_seconds(run.config.wire, up, down)
     assert {"pack", "train", "aggregate", "evaluate"} <= entry.seconds.keys()
     assert entry.global_accuracy is not None
     assert entry.personal_accuracy is not None
@@ -119,21 +121,20 @@ def test_a_round_is_recorded_number_by_number(monkeypatch: pytest.MonkeyPatch) -
 def test_a_device_whose_message_is_damaged_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     run = begun(monkeypatch, "train.rounds=20")
     flat, server = run.flat, run.server
-    before, pack, uploaded = server.values, server.plan.pack, []
+    before, pack, uploaded = server.values, server.up.pack, []
 
     def training(device: Device, t: int, share: float) -> TrainResult:
         flat.copy_(torch.full_like(flat.data, device.index + 1.0))
         return TrainResult(1.0, 1, 1)
 
-    def damaging(flat: Any, *, round: int, num_samples: int) -> torch.Tensor:
-        message = pack(flat, round=round, num_samples=num_samples)
-        if num_samples:  # a broadcast has none
-            uploaded.append(message)
-            message[-1] ^= len(uploaded) <= bad
+    def damaging(*args: Any, **others: Any) -> torch.Tensor:
+        message = pack(*args, **others)
+        uploaded.append(message)
+        message[-1] ^= len(uploaded) <= bad
         return message
 
     train_by(run, monkeypatch, training)
-    monkeypatch.setattr(server.plan, "pack", damaging)
+    monkeypatch.setattr(server.up, "pack", damaging)
     t = next(t for t in range(1, 20) if server.draw(t, 3, 2) == [1, 2])  # a device's number is not its place
     entry = run._round(t)
     assert list(entry.refused) == entry.devices[:bad]

@@ -155,3 +155,21 @@ def test_refused_messages_are_left_out_with_their_reason() -> None:
         aggregate(plan, [messages[1]] * 2, [1.0, 1.0], on_refused=lambda *_: None)
     with pytest.raises(WeightError):  # the caller's own mistake is not a device's
         aggregate(plan, messages, [1.0, math.nan, 1.0, 1.0], on_refused=lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_weights_they_are_the_messages_sample_counts(dtype: str) -> None:
+    flats = [make_flat(seed=seed, spread=0.4) for seed in range(3)]
+    plan = WirePlan(flats[0], LAYERS, dtype)
+    counts = [3, 500, 41]
+    messages = [plan.pack(flat, round=4, num_samples=n) for flat, n in zip(flats, counts, strict=True)]
+    mean = aggregate(plan, messages)
+    assert torch.equal(mean, aggregate(plan, messages, counts))
+    with use_backend("reference"):
+        assert torch.equal(mean, aggregate(plan, messages))
+    nobody = plan.pack(flats[0], round=4, num_samples=0)
+    with pytest.raises(WeightError, match=r"^message 3: metadata\.num_samples: 0\.0, wanted a finite number above 0"):
+        aggregate(plan, [*messages, nobody])
+    refused: list[int] = []
+    assert torch.equal(mean, aggregate(plan, [nobody, *messages], on_refused=lambda i, _: refused.append(i)))
+    assert refused == [0]

@@ -91,3 +91,28 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for values in (torch.zeros(plan.numel + 1), torch.zeros(plan.numel, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"^values: "):
             plan.scatter_(values, flat)
+
+
+def test_all_layers_travel_unless_some_are_chosen() -> None:
+    flat = make_flat(SMALL)
+    assert WirePlan(flat).layers == (0, 1)
+    assert WirePlan(flat).fingerprint == WirePlan(flat, [1, 0]).fingerprint
+
+
+def test_an_adapter_that_can_tell_is_asked_whether_its_model_still_uses_the_buffer() -> None:
+    class Left(Flat):
+        def check(self, gradients: bool = True) -> None:
+            assert not gradients
+            raise RuntimeError("left the buffer")
+
+    flat = make_flat(SMALL)
+    plan = WirePlan(flat)
+    message, values, left = plan.pack(flat, round=0, num_samples=0), plan.gather(flat), Left(flat.data, flat.entries)
+    for use in (
+        lambda: plan.pack(left, round=0, num_samples=0),
+        lambda: plan.load(message, left),
+        lambda: plan.gather(left),
+        lambda: plan.scatter_(values, left),
+    ):
+        with pytest.raises(RuntimeError, match="left the buffer"):
+            use()
