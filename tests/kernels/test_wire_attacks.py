@@ -1,0 +1,110 @@
+"""The crafted messages of tests/attacks: each is refused wherever messages come in, for the reason it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fibecfed_kernels import Message, WireError, aggregate, use_backend
+from fibecfed_kernels._backend import HAS_CPP
+from fibecfed_kernels.wire import errors
+from tests.attacks import writer
+from tests.attacks.make import ATTACKS, FOLDER, Attack
+
+from .wire_tiny import tiny_flat, tiny_plan
+from .wire_tools import DTYPES
+
+# raised for what a caller gives: no message causes them
+NO_MESSAGE = {errors.RangeError, errors.WeightError, errors.CountError}
+CASES = [
+    pytest.param(a, id=a.name, marks=[pytest.mark.xfail(strict=True, reason=a.taken_today)] if a.taken_today else [])
+    for a in ATTACKS
+]
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def body(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "cpp" and not HAS_CPP:
+        pytest.skip("the C++ extension was not built")
+    with use_backend(request.param):
+        yield
+
+
+def refusal(use: Callable[[], object]) -> tuple[str, str, int | None]:
+    with pytest.raises(WireError) as caught:
+        use()
+    return type(caught.value).__name__, caught.value.field, caught.value.index
+
+
+def test_the_files_are_those_that_the_script_writes() -> None:
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == {a.name for a in ATTACKS}
+    for attack in ATTACKS:
+        assert (FOLDER / f"{attack.name}.safetensors").read_bytes() == attack.message, attack.name
+    assert len({a.message for a in ATTACKS}) == len({a.name for a in ATTACKS}) == len(ATTACKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_message_that_the_attacks_change_is_the_librarys_own(dtype: str) -> None:
+    """Or an attack could be refused for another reason than the one it was made for."""
+    message = writer.file(*writer.parts(dtype))
+    assert message == bytes(tiny_plan(dtype).pack(tiny_flat(), round=6, num_samples=77).numpy())
+    assert tiny_plan(dtype).read(message, round=6) == Message(6, 77)
+
+
+@pytest.mark.usefixtures("body")
+@pytest.mark.parametrize("attack", CASES)
+def test_an_attack_is_refused_at_every_door_and_nothing_is_written(attack: Attack) -> None:
+    message = (FOLDER / f"{attack.name}.safetensors").read_bytes()
+    plan, into = tiny_plan(attack.dtype), tiny_flat()
+    into.data.fill_(0.5)
+    sum = torch.full((plan.numel,), 0.25, dtype=torch.float64)
+    doors: list[Callable[[], object]] = [
+        lambda: plan.read(message, attack.round),
+        lambda: plan.unpack(message, attack.round),
+        lambda: plan.load(message, into, attack.round),
+        lambda: plan.add_(sum, message, 1.0, attack.round),
+    ]
+    wanted = (attack.error, attack.field)
+    assert [refusal(door) for door in doors] == [(*wanted, None)] * len(doors)
+    assert into.data.eq(0.5).all()
+    assert sum.eq(0.25).all()
+
+
+@pytest.mark.usefixtures("body")
+@pytest.mark.parametrize("attack", CASES)
+def test_an_attack_among_messages_is_named_by_its_index_and_can_be_left_out(attack: Attack) -> None:
+    bad = (FOLDER / f"{attack.name}.safetensors").read_bytes()
+    plan, good = tiny_plan(attack.dtype), writer.file(*writer.parts(attack.dtype))
+
+    def mean(**options: Callable[[int, WireError], None]) -> torch.Tensor:
+        return aggregate(plan, [good, bad, good], [1.0, 5.0, 2.0], round=attack.round, **options)
+
+    assert refusal(mean) == (attack.error, attack.field, 1)
+    seen: list[tuple[int, str]] = []
+    left = mean(on_refused=lambda index, error: seen.append((index, type(error).__name__)))
+    assert seen == [(1, attack.error)]
+    assert torch.equal(left, aggregate(plan, [good], [1.0], round=attack.round))
+
+
+def kinds(base: type[WireError]) -> set[type[WireError]]:
+    return {base}.union(*map(kinds, base.__subclasses__()))
+
+
+def test_every_refusal_that_a_message_can_cause_has_a_file() -> None:
+    can = kinds(WireError) - NO_MESSAGE - {WireError}
+    assert {a.error for a in ATTACKS if not a.taken_today} == {kind.__name__ for kind in can}
+
+
+OVERFLOWS = pytest.mark.xfail(strict=True, reason="M/127 rounds up where M is float32's largest, and 127 s is infinite")
+
+
+@pytest.mark.usefixtures("body")
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=OVERFLOWS)])
+def test_the_largest_float32_is_sent_as_a_finite_value(dtype: str) -> None:
+    flat, into, plan = tiny_flat(), tiny_flat(), tiny_plan(dtype)
+    flat.data[12] = torch.finfo(torch.float32).max
+    plan.load(plan.pack(flat, round=0, num_samples=0), into)
+    assert into.data.isfinite().all()
+    assert into.data[12] > 0.99 * flat.data[12]
