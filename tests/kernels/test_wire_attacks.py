@@ -14,7 +14,6 @@ from tests.attacks import writer
 from tests.attacks.make import ATTACKS, FOLDER, Attack
 
 from .wire_tiny import tiny_flat, tiny_plan
-from .wire_tools import DTYPES
 
 # raised for what a caller gives: no message causes them
 NO_MESSAGE = {errors.RangeError, errors.WeightError, errors.CountError}
@@ -45,7 +44,7 @@ def test_the_files_are_those_that_the_script_writes() -> None:
     assert len({a.message for a in ATTACKS}) == len({a.name for a in ATTACKS}) == len(ATTACKS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", writer.CODES)
 def test_the_message_that_the_attacks_change_is_the_librarys_own(dtype: str) -> None:
     """Or an attack could be refused for another reason than the one it was made for."""
     message = writer.file(*writer.parts(dtype))
