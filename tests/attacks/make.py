@@ -18,6 +18,7 @@ from .writer import Parts, file, parts, sealed
 
 FOLDER = Path(__file__).parent
 A, B = "block.1.lora_A.weight", "block.1.lora_B.weight"
+GAIN = "head.gain"
 A_BYTES = 24  # of A's payload in float32, which starts the data; B's follows
 Header = dict[str, Any]
 GOOD = file(*parts())
@@ -55,6 +56,11 @@ def no_metadata(key: str) -> bytes:
 
 def tensor(fit: bool = True, to: str = "float32", **fields: Any) -> bytes:
     return header_with(lambda header: header[A].update(fields), fit, to)
+
+
+def gain_scale(**fields: Any) -> bytes:
+    """Of int8's one scale of a scalar, the only payload of shape [1]."""
+    return header_with(lambda header: header[f"{GAIN}.scale"].update(fields), dtype="int8")
 
 
 def text_with(old: str, new: str) -> bytes:
@@ -182,7 +188,7 @@ TENSORS = [
     Attack("dtype-in-lower-case", "DtypeError", f"{A}.dtype", tensor(dtype="f32")),
     Attack("dtype-unsigned", "DtypeError", f"{A}.dtype", tensor(to="int8", dtype="U8"), "int8"),
     Attack("wrong-shape", "ShapeError", f"{A}.shape", tensor(shape=[3, 2])),
-    Attack("shape-of-true", "ShapeError", f"{A}.shape", tensor(shape=[2, 3, True])),
+    Attack("shape-of-true", "ShapeError", f"{GAIN}.scale.shape", gain_scale(shape=[True]), "int8"),
     Attack("shape-that-overflows", "ShapeError", f"{A}.shape", tensor(shape=[2**62, 4])),
 ]
 OFFSETS = [
@@ -191,6 +197,7 @@ OFFSETS = [
     Attack("permuted", "OffsetsError", f"{A}.data_offsets", file(*permuted())),
     Attack("offsets-reversed", "OffsetsError", f"{A}.data_offsets", tensor(fit=False, data_offsets=[24, 0])),
     Attack("offsets-negative", "OffsetsError", f"{A}.data_offsets", tensor(fit=False, data_offsets=[-24, 0])),
+    Attack("offsets-of-false", "OffsetsError", f"{A}.data_offsets", tensor(data_offsets=[False, A_BYTES])),
     Attack("offsets-far", "OffsetsError", f"{A}.data_offsets", tensor(fit=False, data_offsets=[2**60, 2**60 + 24])),
 ]
 CHECKSUM = [
@@ -198,12 +205,12 @@ CHECKSUM = [
     Attack("round-changed", "ChecksumError", "metadata.seal", metadata(fit=False, round=f"{7:016d}")),
     Attack("minor-version-changed", "ChecksumError", "metadata.seal", metadata(fit=False, version="1.7")),
     Attack("bad-payload", "ChecksumError", A, data_with(0, b"\x01", fit=False)),
-    Attack("bad-last-payload", "ChecksumError", "head.gain", data_with(56, b"\x01", fit=False)),
+    Attack("bad-last-payload", "ChecksumError", GAIN, data_with(56, b"\x01", fit=False)),
     Attack("bad-scale", "ChecksumError", f"{A}.scale", data_with(0, b"\x01", False, "int8"), "int8"),
 ]
 NOT_FINITE = [
     Attack("infinite", "NotFiniteError", A, data_with(4, float32_bytes(-INF))),
-    Attack("nan", "NotFiniteError", "head.gain", data_with(56, float32_bytes(NAN))),
+    Attack("nan", "NotFiniteError", GAIN, data_with(56, float32_bytes(NAN))),
     Attack("nan-signalling", "NotFiniteError", A, data_with(0, b"\x01\0\x80\x7f")),
     Attack("infinite-bfloat16", "NotFiniteError", A, data_with(2, b"\x80\x7f", dtype="bfloat16"), "bfloat16"),
     Attack("nan-float16", "NotFiniteError", A, data_with(2, b"\x01\x7c", dtype="float16"), "float16"),
