@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: run setup test test-gpu sanitize lint bench bench-gpu wheel clean
+.PHONY: run setup test test-gpu sanitize fuzz lint bench bench-gpu wheel clean
 
 run: .venv/.demo
 	$(BIN)/fibecfed run $(ARGS)
@@ -25,6 +25,28 @@ sanitize: .venv/.dev
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest --capture=sys \
 		$$(ls tests/kernels/test_*.py | grep -v 'triton\|gpu') $(ARGS)
+
+# libFuzzer on the reader of messages and on the wire's C++ loops, SECONDS on each. What it finds it leaves in build/fuzz;
+# build/fuzz/corpus is what it learned. g++ has no libFuzzer of its own: it is given the engine that atheris brings
+SECONDS ?= 300
+FUZZ := -max_total_time=$(SECONDS) -max_len=8192 -len_control=0 -artifact_prefix=build/fuzz/ -print_final_stats=1
+FUZZ_CXX := -std=c++20 -O1 -g -Wall -ffp-contract=off $(SANITIZE) -fno-sanitize-recover=all
+fuzz: .venv/.dev .venv/.fuzz build/fuzz/decoder
+	$(BIN)/python -m fuzz.seeds build/fuzz/seeds
+	mkdir -p build/fuzz/corpus/unpack build/fuzz/corpus/decoder
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.unpack $(FUZZ) build/fuzz/corpus/unpack build/fuzz/seeds/unpack
+	build/fuzz/decoder $(FUZZ) build/fuzz/corpus/decoder build/fuzz/seeds/decoder
+
+build/fuzz/decoder: .venv/.fuzz $(wildcard fuzz/*.cpp csrc/wire_*.h)
+	mkdir -p build/fuzz
+ifneq ($(shell command -v clang++),)
+	clang++ $(FUZZ_CXX) -fsanitize=fuzzer fuzz/decoder.cpp -o $@
+else
+	g++ $(FUZZ_CXX) -fsanitize-coverage=trace-pc,trace-cmp -c fuzz/decoder.cpp -o $@.o
+	g++ -std=c++20 -O2 -Wall -c fuzz/gcc.cpp -o build/fuzz/gcc.o
+	g++ $(FUZZ_CXX) -Wl,--wrap=__sanitizer_cov_trace_pc $@.o build/fuzz/gcc.o \
+		.venv/lib/python*/site-packages/libclang_rt.fuzzer_no_main.a -lpthread -o $@
+endif
 
 # mypy does not follow editable installs that rename a folder: it finds kernels/ under its installed name through a link
 lint: .venv/.dev
@@ -64,6 +86,10 @@ wheel: .venv/.installed
 
 .venv/.bench: .venv/.installed requirements-bench.txt
 	$(BIN)/pip install -q --no-deps -r requirements-bench.txt
+	touch $@
+
+.venv/.fuzz: .venv/.installed requirements-fuzz.txt
+	$(BIN)/pip install -q --no-deps -r requirements-fuzz.txt
 	touch $@
 
 clean:

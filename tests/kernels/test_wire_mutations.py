@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.profiler import profile
 
 from fibecfed_kernels import WireError
+from fuzz.seeds import messages
 from tests.attacks import mutate, writer
 from tests.attacks.make import ATTACKS, GOOD, Attack
 
@@ -51,6 +52,12 @@ def test_damage_without_a_checksum_that_fits_never_changes_a_value() -> None:
         for seed in range(300):
             message = Random(seed).choice(mutate.ANY)(receiver.good, Random(seed), GOOD)
             assert checked(dtype, message) != "accepted" or mutate.split(message)[1] == data
+
+
+def test_what_fuzzing_starts_from_is_refused_or_means_what_its_bytes_say_to_every_plan() -> None:
+    seen = Counter(checked(dtype, message[1:]) for message in messages() for dtype in writer.CODES)
+    assert seen["accepted"] >= len(writer.CODES)
+    assert seen["SchemaError"] > seen["accepted"]
 
 
 def test_the_damage_gets_to_every_check() -> None:

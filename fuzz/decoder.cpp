@@ -1,0 +1,182 @@
+// A libFuzzer target over the wire's C++: every input is read as numbers, and what csrc/wire_convert.h and
+// csrc/wire_crc.h make of them is compared with slow code that anyone can check. With clang it needs nothing more:
+//
+//   clang++ -std=c++20 -fsanitize=fuzzer,address,undefined fuzz/decoder.cpp -o decoder && ./decoder
+//
+// The first byte chooses the check, the second is its parameter; buffers are as long as what they hold, on the heap, so
+// that ASan sees a read or a write past their end.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../csrc/wire_convert.h"
+#include "../csrc/wire_crc.h"
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "decoder.cpp: not so: %s\n", what);
+  std::abort();
+}
+
+bool same(float a, float b) { return wire::bits_of(a) == wire::bits_of(b) || (std::isnan(a) && std::isnan(b)); }
+
+template <class T>
+std::vector<T> read_as(const uint8_t* data, size_t size) {
+  std::vector<T> values(size / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), data, values.size() * sizeof(T));
+  return values;
+}
+
+// CRC32C bit by bit.
+uint32_t slow_crc(const uint8_t* p, size_t n) {
+  uint32_t crc = 0xFFFFFFFF;
+  for (size_t i = 0; i < n; ++i) {
+    crc ^= p[i];
+    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0x82F63B78u : 0u);
+  }
+  return ~crc;
+}
+
+// The same in one piece and in any pieces, by every version that this processor can run.
+void check_crc(uint8_t step, const std::vector<uint8_t>& bytes) {
+  const uint32_t wanted = slow_crc(bytes.data(), bytes.size());
+  for (const wire::Update update : {wire::best_update(), wire::update_portable}) {
+    require(~update(0xFFFFFFFF, bytes.data(), bytes.size()) == wanted, "a CRC in one piece is that of its bits");
+    uint32_t crc = 0xFFFFFFFF;
+    size_t at = 0, n = step;
+    for (; at < bytes.size(); at += n, n = n * 5 + bytes[at - 1] % 7) {
+      n = std::min(n, bytes.size() - at);
+      if (n == 0) n = 1;
+      crc = update(crc, bytes.data() + at, n);
+    }
+    require(~crc == wanted, "a CRC in pieces is that of the whole");
+  }
+}
+
+// x to the nearest multiple, ties to even, of the last place that `digits` binary digits have at x, which is no smaller
+// than the last place at 2^lowest; infinite from half a last place above the largest on.
+float slow_round(float x, int digits, int lowest, double largest) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), lowest) - (digits - 1));
+  const double rounded = std::nearbyint(double{x} / unit) * unit;
+  if (std::abs(rounded) > largest) return std::copysign(std::numeric_limits<float>::infinity(), x);
+  return std::copysign(static_cast<float>(rounded), x);
+}
+
+// A value of `mantissa` explicit bits below an exponent that is biased by `bias`, from its 16 bits.
+float slow_decode(uint16_t w, int mantissa, int bias) {
+  const int fraction = w & ((1 << mantissa) - 1), exponent = (w & 0x7FFF) >> mantissa;
+  double value = std::ldexp(fraction + (exponent ? 1 << mantissa : 0), std::max(exponent, 1) - bias - mantissa);
+  if (exponent == 2 * bias + 1) value = fraction ? std::nan("") : std::numeric_limits<double>::infinity();
+  return std::copysign(static_cast<float>(value), w & 0x8000 ? -1.0f : 1.0f);
+}
+
+template <class Kind>
+void check_half(const std::vector<uint8_t>& bytes, int mantissa, int bias, double largest) {
+  const auto x = read_as<float>(bytes.data(), bytes.size());
+  std::vector<uint16_t> w(x.size());
+  std::vector<float> back(x.size());
+  wire::encode(x.data(), w.data(), x.size(), Kind{});
+  wire::decode(w.data(), back.data(), w.size(), Kind{});
+  for (size_t i = 0; i < x.size(); ++i)
+    require(same(back[i], slow_round(x[i], mantissa + 1, 1 - bias, largest)), "a value goes to the nearest one");
+  const auto sent = read_as<uint16_t>(bytes.data(), bytes.size());
+  std::vector<float> decoded(sent.size());
+  std::vector<uint16_t> again(sent.size());
+  wire::decode(sent.data(), decoded.data(), sent.size(), Kind{});
+  wire::encode(decoded.data(), again.data(), sent.size(), Kind{});
+  for (size_t i = 0; i < sent.size(); ++i) {
+    require(same(decoded[i], slow_decode(sent[i], mantissa, bias)), "16 bits are decoded as what they are");
+    require(again[i] == sent[i] || std::isnan(decoded[i]), "what was decoded is encoded as it was");
+  }
+}
+
+void check_float32(const std::vector<uint8_t>& bytes) {
+  const auto x = read_as<float>(bytes.data(), bytes.size());
+  std::vector<float> w(x.size()), back(x.size());
+  wire::encode(x.data(), w.data(), x.size(), wire::Float32{});
+  wire::decode(w.data(), back.data(), w.size(), wire::Float32{});
+  for (size_t i = 0; i < x.size(); ++i) require(same(back[i], x[i]), "float32 stays as it is");
+}
+
+void check_row(const float* x, const int8_t* q, float scale, size_t length) {
+  float most = 0;
+  bool finite = true;
+  for (size_t i = 0; i < length; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    most = std::max(most, std::abs(x[i]));
+  }
+  if (!finite) return require(!std::isfinite(scale), "a row that is not finite has a scale that is not");
+  const bool zero = most < 127 * std::ldexp(1.0, -126);
+  require(scale == (zero ? 0.0f : most / 127.0f), "a scale is the row's maximum over 127");
+  for (size_t i = 0; i < length; ++i) {
+    require(q[i] >= -127, "a number is within 127");
+    if (zero)
+      require(q[i] == 0, "a row of tiny values is all zeros");
+    else if (most < std::numeric_limits<float>::max())  // of which s is rounded up, so that 127 s is infinite
+      require(std::abs(double{x[i]} - double{q[i] * scale}) <= scale * (0.5 + 1e-4), "the error is at most s / 2");
+  }
+}
+
+// Rows of `length` values. decode and add are compared with one multiplication a value.
+void check_int8(size_t length, const std::vector<uint8_t>& bytes) {
+  const auto x = read_as<float>(bytes.data(), bytes.size());
+  const size_t rows = length ? x.size() / length : std::min(x.size(), size_t{3}), n = rows * length;
+  const std::vector<float> lines(x.begin(), x.begin() + n);
+  std::vector<int8_t> q(n);
+  std::vector<float> scale(rows), back(n);
+  wire::quantize_rows(lines.data(), q.data(), scale.data(), rows, length);
+  for (size_t r = 0; r < rows; ++r) check_row(lines.data() + r * length, q.data() + r * length, scale[r], length);
+  // what a message says, and no sender would: any scales, any numbers
+  const auto any = read_as<int8_t>(bytes.data(), n);
+  const std::vector<float> scales(x.begin(), x.begin() + rows);
+  for (const auto& [numbers, s] : {std::pair{q, scale}, std::pair{any, scales}}) {
+    std::vector<double> sum(n, 0.25);
+    wire::dequantize_rows(numbers.data(), s.data(), back.data(), rows, length);
+    wire::add_rows(numbers.data(), s.data(), sum.data(), rows, length, 0.75);
+    for (size_t i = 0; i < n; ++i) {
+      const float wanted = static_cast<float>(numbers[i]) * s[i / length];
+      require(same(back[i], wanted), "a number is decoded as its scale's multiple");
+      const double added = 0.25 + 0.75 * double{wanted};
+      require(sum[i] == added || (std::isnan(sum[i]) && std::isnan(added)), "a sum grows by weight times value");
+    }
+  }
+}
+
+void check_finite(const std::vector<uint8_t>& bytes) {
+  const auto whole = read_as<uint32_t>(bytes.data(), bytes.size());
+  const auto half = read_as<uint16_t>(bytes.data(), bytes.size());
+  bool bad = false, bad_bfloat16 = false, bad_float16 = false;
+  for (const uint32_t w : whole) bad = bad || !std::isfinite(wire::float_of(w));
+  for (const uint16_t w : half) {
+    bad_bfloat16 = bad_bfloat16 || !std::isfinite(slow_decode(w, 7, 127));
+    bad_float16 = bad_float16 || !std::isfinite(slow_decode(w, 10, 15));
+  }
+  require(wire::any_not_finite(whole.data(), whole.size(), 0x7F800000) == bad, "inf and NaN are seen, float32");
+  require(wire::any_not_finite(half.data(), half.size(), uint16_t{0x7F80}) == bad_bfloat16, "... bfloat16");
+  require(wire::any_not_finite(half.data(), half.size(), uint16_t{0x7C00}) == bad_float16, "... float16");
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  if (size < 2) return 0;
+  const std::vector<uint8_t> bytes(data + 2, data + size);
+  switch (data[0] % 6) {
+    case 0: check_crc(data[1], bytes); break;
+    case 1: check_half<wire::BFloat16>(bytes, 7, 127, std::ldexp(255.0, 120)); break;
+    case 2: check_half<wire::Float16>(bytes, 10, 15, 65504.0); break;
+    case 3: check_float32(bytes); break;
+    case 4: check_int8(data[1] % 40, bytes); break;
+    default: check_finite(bytes);
+  }
+  return 0;
+}

@@ -1,0 +1,55 @@
+"""What fuzzing starts from: ``python -m fuzz.seeds FOLDER`` writes FOLDER/unpack and FOLDER/decoder."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from tests.attacks import writer
+from tests.attacks.make import ATTACKS
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "1.0"
+LAYERS = ((1,), (0, 1), ())  # of the receivers in unpack.py: one for each of these and each dtype
+DECODER_CHECKS = 6  # of decoder.cpp, chosen by an input's first byte
+EDGES = (  # where rounding, the range or the rule for a row changes
+    *(sign * x for sign in (1.0, -1.0) for x in (0.0, 1.0, 1.5, 2.5, 127.0, 2.0**-149, 2.0**-126, 2.0**-133, 2.0**-14)),
+    *(float.fromhex(x) for x in ("0x1.fcp-120", "0x1.fbfffep-120", "0x1.fc0002p-120")),  # 127 · 2^-126, and beside it
+    *(65504.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, float.fromhex("0x1.8p-25"), float.fromhex("0x1.000002p-25")),
+    *(float.fromhex(x) for x in ("0x1.fep127", "0x1.fefffep127", "0x1.ffp127", "0x1.fffffep127")),
+    *(float("inf"), float("-inf"), float("nan")),
+)
+
+
+def messages() -> Iterator[bytes]:
+    """Of unpack.py: a byte for the plan, and a message: the golden ones, good ones to every plan, and the attacks."""
+    for index, dtype in enumerate(writer.CODES):
+        yield bytes([len(writer.CODES) + index]) + (GOLDEN / f"{dtype}.safetensors").read_bytes()
+        for place, layers in enumerate(LAYERS):
+            yield bytes([place * len(writer.CODES) + index]) + writer.file(*writer.parts(dtype, layers))
+        yield from (bytes([index]) + attack.message for attack in ATTACKS if attack.dtype == dtype)
+
+
+def numbers() -> Iterator[bytes]:
+    """Of decoder.cpp: a byte for the check, one for its parameter, and golden data, edges or noise, up to 8 KiB."""
+    random = Random(0)
+    edges = struct.pack(f"<{len(EDGES)}f", *EDGES)
+    for check in range(DECODER_CHECKS):
+        for dtype in writer.CODES:
+            yield bytes([check, 8]) + (GOLDEN / f"{dtype}.safetensors").read_bytes()
+        yield from (bytes([check, length]) + edges for length in range(40))
+        yield from (bytes([check, size % 40]) + random.randbytes(size) for size in (0, 1, 7, 8, 769, 3001, 6145, 8191))
+
+
+def main() -> None:
+    for name, inputs in (("unpack", messages()), ("decoder", numbers())):
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, data in enumerate(inputs):
+            (folder / f"{index:04d}").write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
