@@ -26,8 +26,8 @@ sanitize: .venv/.dev
 		PYTHONPATH=build/sanitize/lib $(BIN)/python -m pytest --capture=sys \
 		$$(ls tests/kernels/test_*.py | grep -v 'triton\|gpu') $(ARGS)
 
-# libFuzzer on the reader of messages and on the wire's C++ loops, SECONDS on each. What it finds it leaves in build/fuzz;
-# build/fuzz/corpus is what it learned. g++ has no libFuzzer of its own: it is given the engine that atheris brings
+# libFuzzer on the reader of messages and on the wire's C++ loops, SECONDS on each; what it finds it leaves in build/fuzz,
+# what it learned in build/fuzz/corpus. g++ has no libFuzzer of its own: it is given the engine that atheris brings
 SECONDS ?= 300
 FUZZ := -max_total_time=$(SECONDS) -max_len=8192 -len_control=0 -artifact_prefix=build/fuzz/ -print_final_stats=1
 FUZZ_CXX := -std=c++20 -O1 -g -Wall -ffp-contract=off $(SANITIZE) -fno-sanitize-recover=all

@@ -1,8 +1,8 @@
 // What g++ lacks for a libFuzzer target: a main, and coverage that libFuzzer's engine understands. g++ calls
-// __sanitizer_cov_trace_pc at each edge; here every place that calls gets one of the engine's 8-bit counters. The engine
-// has an empty function of that name, so the linker is told to take ours: -Wl,--wrap=__sanitizer_cov_trace_pc. This
-// file must be compiled without sanitizers: target_clones are resolved, and call it, before ASan has its shadow memory.
-// Comparisons (trace-cmp) call the engine as they are.
+// __sanitizer_cov_trace_pc at each edge; here every place that calls gets one of the engine's 8-bit counters. The
+// engine has an empty function of that name, so the linker is told to take ours:
+// -Wl,--wrap=__sanitizer_cov_trace_pc. Comparisons (trace-cmp) call the engine as they are. This file must be compiled
+// without sanitizers: target_clones are resolved, and call it, before ASan has its shadow memory.
 #include <cstddef>
 #include <cstdint>
 

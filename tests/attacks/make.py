@@ -112,6 +112,8 @@ def overlapping() -> Parts:
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 INF, NAN = float("inf"), float("nan")
 ANY_NOTE = "a key that 1.0 does not know may hold anything, though safetensors' metadata is text"
+ANY_ESCAPE = "a key that 1.0 does not know may hold text that UTF-8 cannot, which no other safetensors reader takes"
+ANY_ZERO = "-0 is taken for 0, which no other safetensors reader does"
 
 LENGTH = [
     Attack("empty", "LengthError", "length", b""),
@@ -142,6 +144,8 @@ HEADER = [
     Attack("exponent", "HeaderError", "header", text_with("[2,3]", "[2e0,3]")),
     Attack("huge-number", "HeaderError", "header", text_with("[2,3]", f"[{10**40},3]")),
     Attack("nan-number", "HeaderError", "header", text_with("[2,3]", "[NaN,3]")),
+    Attack("minus-zero", "HeaderError", "header", text_with("[0,24]", "[-0,24]"), taken_today=ANY_ZERO),
+    Attack("lone-surrogate", "HeaderError", "header", metadata(note="\ud800"), taken_today=ANY_ESCAPE),
     Attack("infinite-number", "HeaderError", "header", text_with("[2,3]", "[-Infinity,3]")),
     Attack("tensor-not-an-object", "HeaderError", A, header_with(lambda h: h.update({A: [1]}), fit=False)),
     Attack("tensor-with-strides", "HeaderError", A, tensor(stride=[3, 1])),

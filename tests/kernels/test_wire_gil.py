@@ -127,7 +127,7 @@ def test_threads_may_load_and_average_at_once(dtype: str) -> None:
 
     def work(seed: int) -> None:
         into = make_flat(seed=9)
-        for _ in range(25):
+        for _ in range(60):
             right.append(torch.equal(plan.pack(flats[seed], round=1, num_samples=seed), messages[seed]))
             plan.load(messages[seed], into)
             right.append(torch.equal(plan.gather(into), wanted[seed]))
@@ -143,5 +143,5 @@ def test_threads_may_load_and_average_at_once(dtype: str) -> None:
             thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert len(right) == 4 * 25 * 3
+    assert len(right) == 4 * 60 * 3
     assert all(right)
