@@ -184,15 +184,16 @@ WIRE_CLONES inline void add_blocks(
   }
 }
 
-WIRE_CLONES inline bool any_not_finite(const uint32_t* x, size_t n, uint32_t exponent) {
+// Whether a float, by its bits, has a magnitude of at least that of `limit`; NaN has.
+WIRE_CLONES inline bool any_at_least(const uint32_t* x, size_t n, uint32_t limit) {
   uint32_t found = 0;
-  for (size_t i = 0; i < n; ++i) found |= (x[i] & exponent) == exponent;
+  for (size_t i = 0; i < n; ++i) found |= (x[i] & 0x7FFFFFFF) >= limit;
   return found != 0;
 }
 
-WIRE_CLONES inline bool any_not_finite(const uint16_t* x, size_t n, uint16_t exponent) {
+WIRE_CLONES inline bool any_at_least(const uint16_t* x, size_t n, uint16_t limit) {
   uint16_t found = 0;
-  for (size_t i = 0; i < n; ++i) found |= static_cast<uint16_t>((x[i] & exponent) == exponent);
+  for (size_t i = 0; i < n; ++i) found |= static_cast<uint16_t>((x[i] & 0x7FFF) >= limit);
   return found != 0;
 }
 

@@ -1,4 +1,5 @@
-// The digest of one payload, taken piece by piece: its CRC32C, and whether a float in it is infinite or NaN.
+// The digest of one payload, taken piece by piece: its CRC32C, and whether a float in it is infinite, NaN, or a scale
+// so large that its multiples could be infinite.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +12,13 @@ namespace wire {
 
 inline constexpr int64_t kDigestChunk = 6 << 10;  // stays in the first cache between the checksum and the search
 
-// kind: 1 float32, 2 bfloat16, 3 float16, else no floats.
+// kind: 1 float32, 2 bfloat16, 3 float16, 4 scales (float32, below 2^121, so that 128 of them are finite), 0 no floats.
 inline bool not_finite(const uint8_t* p, int64_t bytes, int64_t kind) {
   switch (kind) {
-    case 1: return any_not_finite(reinterpret_cast<const uint32_t*>(p), bytes / 4, 0x7F800000);
-    case 2: return any_not_finite(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7F80});
-    case 3: return any_not_finite(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7C00});
+    case 1: return any_at_least(reinterpret_cast<const uint32_t*>(p), bytes / 4, 0x7F800000);
+    case 2: return any_at_least(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7F80});
+    case 3: return any_at_least(reinterpret_cast<const uint16_t*>(p), bytes / 2, uint16_t{0x7C00});
+    case 4: return any_at_least(reinterpret_cast<const uint32_t*>(p), bytes / 4, 0x7C000000);
     default: return false;
   }
 }

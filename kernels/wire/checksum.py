@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXPONENT = {1: (torch.int32, 0x7F800000), 2: (torch.int16, 0x7F80), 3: (torch.int16, 0x7C00)}  # by kind of range
+# by kind of range: its floats' bits, and those of the first magnitude that is too large; 4: scales, below 2^121
+LIMITS = {
+    1: (torch.int32, 0x7F800000),
+    2: (torch.int16, 0x7F80),
+    3: (torch.int16, 0x7C00),
+    4: (torch.int32, 0x7C000000),
+}
 
 
 def crc32c(part: Tensor) -> int:
@@ -29,12 +35,12 @@ def _mapped(table: Tensor, crc: Tensor) -> Tensor:
 
 
 def wire_digest(buffer: Tensor, ranges: Tensor) -> Tensor:
-    """int64 (n, 2): CRC32C of buffer[start:stop], and whether a float in it is infinite or NaN."""
+    """int64 (n, 2): CRC32C of buffer[start:stop], and whether a float in it is infinite, NaN, or a scale too large."""
     found = []
     for start, stop, kind in ranges.tolist():
         part, finite = buffer[start:stop], True
         if kind:
-            dtype, exponent = EXPONENT[kind]
-            finite = bool(((part.view(dtype) & exponent) != exponent).all())
+            dtype, limit = LIMITS[kind]
+            finite = bool((part.view(dtype) & torch.iinfo(dtype).max < limit).all())
         found.append((crc32c(part), int(not finite)))
     return torch.tensor(found, dtype=torch.int64).view(-1, 2)

@@ -37,8 +37,9 @@ DTYPES: dict[str, Stored] = {
     "int8": Stored("I8", torch.int8, 0),
     "int4": Stored("U8", torch.uint8, 0),
 }
-INDEX = Stored("I32", torch.int32, 0)
-SCALED = ("int8", "int4")
+SCALE, INDEX = Stored("F32", torch.float32, 4), Stored("I32", torch.int32, 0)
+LARGEST_SCALE = 2.0**121  # scales are below it, so that what they scale is finite
+LEVELS = {"int8": 127, "int4": 7}
 
 
 class Part(NamedTuple):
@@ -80,7 +81,7 @@ def scales_of(part: Part, dtype: str) -> int:
 
 def names_of(name: str, dtype: str, sparse: bool) -> list[str]:
     """The names of the tensors that a parameter becomes, the one of its values last."""
-    return [f"{name}.rows"] * sparse + [f"{name}.scale"] * (dtype in SCALED) + [name]
+    return [f"{name}.rows"] * sparse + [f"{name}.scale"] * (dtype in LEVELS) + [name]
 
 
 def payloads_of(parts: Sequence[Part], dtype: str, sparse: bool) -> tuple[Payload, ...]:
@@ -88,8 +89,8 @@ def payloads_of(parts: Sequence[Part], dtype: str, sparse: bool) -> tuple[Payloa
     wanted: list[tuple[str, Stored, tuple[int, ...]]] = []
     if sparse:
         wanted += [(f"{p.name}.rows", INDEX, (p.rows,)) for p in parts]
-    if dtype in SCALED:
-        wanted += [(f"{p.name}.scale", DTYPES["float32"], (scales_of(p, dtype),)) for p in parts]
+    if dtype in LEVELS:
+        wanted += [(f"{p.name}.scale", SCALE, (scales_of(p, dtype),)) for p in parts]
     wanted += [(p.name, DTYPES[dtype], (-(-p.numel // 2),) if dtype == "int4" else p.shape) for p in parts]
     payloads, start = [], 0
     for name, stored, shape in wanted:

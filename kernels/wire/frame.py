@@ -14,7 +14,7 @@ from .._dispatch import run
 from ..layout import Entry, row_layout
 from .digest import crc32c, digest
 from .errors import ChecksumError, NotFiniteError, RangeError, WireError
-from .format import BLOCK, DTYPES, Message, Part, payloads_of, scales_of
+from .format import BLOCK, DTYPES, LARGEST_SCALE, LEVELS, SCALE, Message, Part, payloads_of, scales_of
 from .header import Agreed, Header
 
 
@@ -121,7 +121,9 @@ class Frame:
             if found != wanted:
                 raise ChecksumError(p.name, f"CRC32C {found:08x}, the header says {wanted:08x}")
         if any(bad):
-            raise NotFiniteError(self.payloads[bad.index(True)].name, "holds an infinite value or NaN")
+            wrong = self.payloads[bad.index(True)]
+            more = f", or a scale of at least {LARGEST_SCALE:g}" if wrong.dtype == SCALE else ""
+            raise NotFiniteError(wrong.name, f"holds an infinite value or NaN{more}")
         return message
 
     def unpack(self, payload: Tensor) -> dict[str, Tensor]:
@@ -135,8 +137,9 @@ class Frame:
         values = data[offsets[index] : offsets[index] + self.parts[index].numel]
         if not bool(values.isfinite().all()):
             return NotFiniteError(names[index], "holds an infinite value or NaN")
-        most, largest = values.abs().max().item(), torch.finfo(self._stored).max
-        problem = f"magnitude {most:g} does not fit {self.agreed.dtype}, whose largest is {largest:g}"
+        most, dtype = values.abs().max().item(), self.agreed.dtype
+        largest = LEVELS[dtype] * LARGEST_SCALE if dtype in LEVELS else torch.finfo(self._stored).max
+        problem = f"magnitude {most:g} does not fit {dtype}, whose largest is {largest:g}"
         return RangeError(names[index], problem)
 
 

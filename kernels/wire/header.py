@@ -12,6 +12,7 @@ from .errors import (
     FormatError,
     HeaderError,
     LengthError,
+    MetadataError,
     NamesError,
     OffsetsError,
     SchemaError,
@@ -159,6 +160,9 @@ def check_agreed(metadata: Any, agreed: Agreed) -> str:
     version = text_field(metadata, "version", r"\d{1,4}\.\d{1,4}")
     if version.split(".")[0] != MAJOR:
         raise VersionError("metadata.version", f"{version}, this reader knows {MAJOR}.x")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise MetadataError(f"metadata.{key[:80]}", f"{short(value)}, wanted text")
     for name, wanted in agreed.fields.items():
         if metadata.get(name) != wanted:
             problem = f"{short(metadata.get(name))}, wanted {short(wanted)}"

@@ -24,7 +24,7 @@ def parsed(text: bytes) -> dict[str, Any]:
         raise HeaderError("header", f"number {short(number)}, wanted only integers")
 
     def integer(digits: str) -> int:
-        return int(digits) if len(digits) <= 19 else refuse(digits)
+        return int(digits) if len(digits) <= 19 and digits != "-0" else refuse(digits)
 
     try:
         header = json.loads(
@@ -40,6 +40,11 @@ def parsed(text: bytes) -> dict[str, Any]:
         raise HeaderError("header", f"not JSON: {short(str(error))}") from None
     if not isinstance(header, dict):
         raise HeaderError("header", f"{type(header).__name__}, wanted a JSON object")
+    if b"\\u" in text:  # an escape can name half of a character, which no other reader takes
+        try:
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise HeaderError("header", "an escaped surrogate without its other half, wanted text") from None
     return header
 
 

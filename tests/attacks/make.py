@@ -36,7 +36,6 @@ class Attack:
     message: bytes
     dtype: str = "float32"
     round: int | None = None  # that the receiver asks for
-    taken_today: str = ""  # why the library does not refuse it yet
 
 
 def header_with(edit: Callable[[Header], object], fit: bool = True, dtype: str = "float32") -> bytes:
@@ -111,9 +110,6 @@ def overlapping() -> Parts:
 
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 INF, NAN = float("inf"), float("nan")
-ANY_NOTE = "a key that 1.0 does not know may hold anything, though safetensors' metadata is text"
-ANY_ESCAPE = "a key that 1.0 does not know may hold text that UTF-8 cannot, which no other safetensors reader takes"
-ANY_ZERO = "-0 is taken for 0, which no other safetensors reader does"
 
 LENGTH = [
     Attack("empty", "LengthError", "length", b""),
@@ -144,8 +140,8 @@ HEADER = [
     Attack("exponent", "HeaderError", "header", text_with("[2,3]", "[2e0,3]")),
     Attack("huge-number", "HeaderError", "header", text_with("[2,3]", f"[{10**40},3]")),
     Attack("nan-number", "HeaderError", "header", text_with("[2,3]", "[NaN,3]")),
-    Attack("minus-zero", "HeaderError", "header", text_with("[0,24]", "[-0,24]"), taken_today=ANY_ZERO),
-    Attack("lone-surrogate", "HeaderError", "header", metadata(note="\ud800"), taken_today=ANY_ESCAPE),
+    Attack("minus-zero", "HeaderError", "header", text_with("[0,24]", "[-0,24]")),
+    Attack("lone-surrogate", "HeaderError", "header", metadata(note="\ud800")),
     Attack("infinite-number", "HeaderError", "header", text_with("[2,3]", "[-Infinity,3]")),
     Attack("tensor-not-an-object", "HeaderError", A, header_with(lambda h: h.update({A: [1]}), fit=False)),
     Attack("tensor-with-strides", "HeaderError", A, tensor(stride=[3, 1])),
@@ -176,7 +172,7 @@ METADATA = [
     Attack("checksums-too-few", "MetadataError", "metadata.crc32c", metadata(fit=False, crc32c="0" * 8)),
     Attack("checksums-upper-case", "MetadataError", "metadata.crc32c", metadata(fit=False, crc32c="ABCDEF01" * 4)),
     Attack("no-seal", "MetadataError", "metadata.seal", no_metadata("seal")),
-    Attack("metadata-not-text", "MetadataError", "metadata.note", metadata(note=[[7]]), taken_today=ANY_NOTE),
+    Attack("metadata-not-text", "MetadataError", "metadata.note", metadata(note=[[7]])),
 ]
 SCHEMA = [
     Attack("other-dtype", "SchemaError", "metadata.dtype", file(*parts("float16"))),
@@ -228,7 +224,6 @@ NOT_FINITE = [
         f"{A}.scale",
         data_with(0, float32_bytes(3e38), dtype="int8"),
         "int8",
-        taken_today="3e38 is finite, but 127 times it is not: load writes infinity, and aggregate averages it",
     ),
 ]
 ROUND = [Attack("other-round", "RoundError", "metadata.round", file(*parts(round=5)), round=6)]

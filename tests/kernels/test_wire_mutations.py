@@ -95,10 +95,10 @@ def allocated(message: bytes, dtype: str) -> tuple[int, int]:
 def test_what_a_header_declares_is_not_allocated() -> None:
     for declared in (2**60, 2**40, 2**31, len(GOOD) + 1):
         python, ours = allocated(struct.pack("<Q", declared) + GOOD[8:], "float32")
-        assert (python < 32 << 10, ours) == (True, 0), declared
+        assert (python < 32 << 10, ours < 64) == (True, True), declared  # three numbers say that it is refused
 
 
-@pytest.mark.parametrize("attack", [a for a in ATTACKS if not (a.taken_today or a.round)], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [a for a in ATTACKS if not a.round], ids=lambda a: a.name)
 def test_no_attack_makes_the_reader_allocate_more_than_its_own_size(attack: Attack) -> None:
     python, ours = allocated(attack.message, attack.dtype)
     assert python < (64 << 10) + 64 * len(attack.message)

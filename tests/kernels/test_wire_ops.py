@@ -161,11 +161,11 @@ def test_digest_bodies_agree_at_every_length_and_place() -> None:
     ranges = [[start, stop, 0] for start in (0, 1, 5) for stop in edges if stop >= start]
     ranges += [
         [start, stop, kind]
-        for kind, size in ((1, 4), (2, 2), (3, 2))
+        for kind, size in ((1, 4), (2, 2), (3, 2), (4, 4))
         for start in (0, 4)
         for stop in range(start, 100, size)
     ]
-    ranges += [[8, 20_000, kind] for kind in (1, 2, 3)]
+    ranges += [[8, 20_000, kind] for kind in (1, 2, 3, 4)]
     assert torch.equal(
         ops.wire_digest(buffer, torch.tensor(ranges)), reference.wire_digest(buffer, torch.tensor(ranges))
     )
@@ -233,6 +233,6 @@ def test_a_table_that_reaches_outside_is_refused(line: list[int]) -> None:
     ):
         with pytest.raises(RuntimeError, match="line 0 reaches outside"):
             call()
-    for start, stop, kind in ((0, 9, 0), (-1, 4, 0), (4, 3, 0), (0, 8, 4), (1, 5, 1), (0, 3, 2)):
+    for start, stop, kind in ((0, 9, 0), (-1, 4, 0), (4, 3, 0), (0, 8, 5), (1, 5, 1), (0, 3, 2), (0, 2, 4)):
         with pytest.raises(RuntimeError, match="ranges: line 0"):
             ops.wire_digest(values.view(torch.uint8), torch.tensor([[start, stop, kind]]))

@@ -14,7 +14,7 @@ import torch
 
 from fibecfed_kernels import Message, WireError, WirePlan
 from fibecfed_kernels.wire import errors
-from fibecfed_kernels.wire.format import SCALED
+from fibecfed_kernels.wire.format import LEVELS
 
 from .wire_tools import DTYPES, edited, join, make_flat, split
 
@@ -68,7 +68,7 @@ EDITS: dict[str, tuple[type[WireError], str, Callable[[dict[str, Any]], None], b
     "layers": (errors.SchemaError, "metadata.layers", metadata(layers="[1]"), True),
     "fingerprint": (errors.SchemaError, "metadata.schema", metadata(schema="0" * 64), True),
     "no fingerprint": (errors.SchemaError, "metadata.schema", without("__metadata__", "schema"), False),
-    "fingerprint nested": (errors.SchemaError, "metadata.schema", metadata(schema=[["x"] * 99]), False),
+    "fingerprint nested": (errors.MetadataError, "metadata.schema", metadata(schema=[["x"] * 99]), False),
     "round short": (errors.MetadataError, "metadata.round", metadata(round="6"), True),
     "round negative": (errors.MetadataError, "metadata.round", metadata(round="-000000000000006"), True),
     "round not ASCII": (errors.MetadataError, "metadata.round", metadata(round="٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٦"), True),
@@ -186,7 +186,7 @@ def test_bytes_after_the_end_and_other_rounds_are_refused(dtype: str) -> None:
 def test_messages_that_are_not_finite_are_refused_even_with_right_checksums(dtype: str, value: float) -> None:
     plan, message = small(dtype)
     header, data = split(message)
-    bits = torch.tensor([value]).to(torch.float32 if dtype in SCALED else getattr(torch, dtype)).view(torch.uint8)
+    bits = torch.tensor([value]).to(torch.float32 if dtype in LEVELS else getattr(torch, dtype)).view(torch.uint8)
     raw = bytearray(data)
     start = 0 if dtype == "int4" else len(bits)  # the first parameter has one block of int4
     raw[start : start + len(bits)] = bytes(bits.tolist())
@@ -194,7 +194,7 @@ def test_messages_that_are_not_finite_are_refused_even_with_right_checksums(dtyp
     before = into.data.clone()
     with pytest.raises(errors.NotFiniteError) as caught:
         plan.load(join(header, bytes(raw)), into)
-    assert caught.value.field == (f"{NAME}.scale" if dtype in SCALED else NAME)
+    assert caught.value.field == (f"{NAME}.scale" if dtype in LEVELS else NAME)
     assert torch.equal(into.data, before)
 
 
