@@ -1,4 +1,5 @@
-"""`python -m benchmarks.readme` writes the README's tables from benchmarks/results/; `--check` compares them.
+"""`python -m benchmarks.readme` writes the tables of README.md and benchmarks/README.md from benchmarks/results/;
+`--check` compares them.
 
 A table stands between ``<!-- NAME: python -m benchmarks.readme -->`` and ``<!-- /NAME -->``.
 """
@@ -14,7 +15,7 @@ from fibecfed.phases import RoundRecord
 from fibecfed.record import RunRecord, read_record
 
 from .results import RESULTS, read
-from .tables import table
+from .tables import summary, table
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
@@ -30,6 +31,21 @@ BENCHMARKS = {  # name of the place: benchmark, mode, with memory
     "load": ("wire: load", "cold", False),
     "aggregate": ("wire: aggregate", "cold", False),
 }
+HEADLINES = (  # what, benchmark, shape, dtype, mode, peers
+    ("Fisher scores and diagonal", "fisher", "LLaMA-7B N=8 T=512 r=8", "float32", "cold", ("bmm + square", "Opacus")),
+    ("a data set scored", "scoring", "MiniLM r=8, 256 film reviews", "float32", "cold", ("batch-of-1 loop",)),
+    ("the clipped sum of a batch", "clipped sum", "MiniLM r=8, N=32", "float32", "warm", (
+        "Opacus, fast gradient clipping", "Opacus, hooks")),
+    ("AdamW, all rows", "update", "RoBERTa-large r=8, 100% of the rows", "float32", "cold", ("torch fused",)),
+    ("AdamW, a quarter of the rows", "update", "LLaMA-7B r=16, 25% of the rows", "float32", "cold", (
+        "grad.mul_(mask) + torch fused (does not freeze)",)),
+    ("a message packed, checksums included", "wire: pack", "LLaMA-7B r=8, all layers", "float32", "cold", (
+        "memcpy, no message", "safetensors", "Flower, ArrayRecord")),
+    ("a message loaded, all checks", "wire: load", "LLaMA-7B r=8, all layers", "float32", "cold", (
+        "memcpy, no message", "safetensors", "Flower, ArrayRecord")),
+    ("the mean of ten messages", "wire: aggregate", "LLaMA-7B r=8, 10 devices", "float32", "cold", (
+        "safetensors.torch.load + add_ by tensor", "Flower, pull + FedAvg")),
+)  # fmt: skip
 MARKED = re.compile(
     r"<!-- (?P<name>[a-z]+): python -m benchmarks\.readme -->\n(?P<old>.*?)<!-- /(?P=name) -->", re.DOTALL
 )
@@ -86,35 +102,42 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def tables() -> dict[str, str]:
-    """Every table by the name of its place, from what is recorded."""
+def tables() -> dict[str, dict[str, str]]:
+    """By document: every table by the name of its place, from what is recorded."""
     seeds = [read_record(folder) for folder in sorted(SEEDS.iterdir())]
     rows = read(RESULTS)
     return {
-        "demo": demo_table(read_record(DEMO)),
-        "seeds": seeds_table(seeds),
-        **{name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()},
+        "README.md": {
+            "demo": demo_table(read_record(DEMO)),
+            "seeds": seeds_table(seeds),
+            "speed": summary(rows, HEADLINES),
+        },
+        "benchmarks/README.md": {
+            name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()
+        },
     }
 
 
-def in_step(readme: str, found: Mapping[str, str]) -> str:
-    """``readme`` with each table in its place. Raises ValueError for a table without a place or a place without one."""
-    places = {match["name"] for match in MARKED.finditer(readme)}
+def in_step(document: str, found: Mapping[str, str]) -> str:
+    """A document with each table in its place. Raises ValueError for a table without a place or a place without
+    one."""
+    places = {match["name"] for match in MARKED.finditer(document)}
     if places != found.keys():
-        raise ValueError(f"README.md: places for {sorted(places)}, wanted places for {sorted(found)}")
+        raise ValueError(f"places for {sorted(places)}, wanted places for {sorted(found)}")
     return MARKED.sub(
         lambda m: f"<!-- {m['name']}: python -m benchmarks.readme -->\n\n{found[m['name']]}\n\n<!-- /{m['name']} -->",
-        readme,
+        document,
     )
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    wanted = in_step(text, tables())
-    if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if text == wanted else "README.md: its tables are not those of benchmarks/results")
-    path.write_text(wanted, encoding="utf-8")
+    for name, found in tables().items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        wanted = in_step(text, found)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / name).write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            raise SystemExit(f"{name}: its tables are not those of benchmarks/results")
 
 
 if __name__ == "__main__":

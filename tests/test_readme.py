@@ -11,18 +11,21 @@ import torch
 from benchmarks.readme import DEMO, ROOT, SEEDS, in_step, tables
 from fibecfed import FlatAdapter
 from fibecfed.record import read_record
+from fibecfed_kernels import WirePlan, aggregate
 from tests.fibecfed.tiny import batch, tiny
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_tables_are_those_of_the_recorded_runs() -> None:
-    assert in_step(README, tables()) == README
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_the_tables_are_those_of_the_recorded_runs(name: str) -> None:
+    document = (ROOT / name).read_text(encoding="utf-8")
+    assert in_step(document, tables()[name]) == document
 
 
 def test_a_table_without_a_place_or_a_place_without_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="places for"):
-        in_step(README, {**tables(), "other": "| a |"})
+        in_step(README, {**tables()["README.md"], "other": "| a |"})
     with pytest.raises(ValueError, match="places for"):
         in_step(README, {})
 
@@ -38,12 +41,27 @@ def test_the_recorded_runs_reached_their_marks(folder: Path) -> None:
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def test_the_example_of_small_messages_runs_as_written() -> None:
+    flat = FlatAdapter(tiny("bert"))
+    before, trained = flat.data.detach().clone(), torch.zeros(0)
+
+    def train(flat: FlatAdapter) -> None:
+        nonlocal trained
+        flat.copy_(flat.data.detach() + 0.01 * torch.randn(flat.numel))
+        trained = flat.data.detach().clone()
+
+    names: dict[str, object] = {"flat": flat, "torch": torch, "train": train, "WirePlan": WirePlan}
+    exec(EXAMPLES[1], names | {"aggregate": aggregate})
+    lost = (flat.data.detach() - trained).norm()
+    assert 0 < lost < 0.2 * (trained - before).norm()
+
+
 def test_the_example_of_private_training_runs_as_written() -> None:
     model = tiny("bert")
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     names: dict[str, object] = {"model": model, "optimizer": optimizer, "data": range(1000)}
-    exec(EXAMPLES[1], names | {"poisson_batches": [batch(), [batch(), batch(seed=4)], []]})
+    exec(EXAMPLES[2], names | {"poisson_batches": [batch(), [batch(), batch(seed=4)], []]})
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, old) != p.requires_grad
 
