@@ -1,93 +1,77 @@
-// CPU bodies of masked_adamw_ and masked_sgd_.
+// CPU bodies of masked_adamw_, masked_sgd_ and masked_grad_norm.
 //
 // A thread takes a few lines of `layout` at a time and, in each, runs of consecutive values that make the same step. Of
 // an inactive row nothing but its mask byte is touched. A value's result does not depend on the run that it is in.
 #include "common.h"
 #include "simd.h"
+#include "update_rows.h"
 
 #include <array>
 #include <cmath>
-#include <cstring>
+#include <optional>
 
 namespace {
 
+using fibecfed::count_active;
+using fibecfed::for_tasks;
+using fibecfed::kLinesPerTask;
+using fibecfed::Rows;
+using fibecfed::rows_of;
 using fibecfed::ScalarType;
 using fibecfed::Tensor;
+using fibecfed::values;
 
-constexpr int64_t kLinesPerTask = 16;
 constexpr int64_t kRows = 64;  // looked at together
 constexpr int64_t kAhead = 8;
 
 struct AdamW {
-  float decay, lerp_weight, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size;
-  bool lerp_from_grad;
+  float decay, lerp_weight, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size, grad_scale;
+  bool lerp_from_grad, scaled;
 };
 
 struct Sgd {
-  float minus_lr, momentum, one_minus_dampening, weight_decay;
-  bool nesterov, has_momentum;
+  float minus_lr, momentum, one_minus_dampening, weight_decay, grad_scale;
+  bool nesterov, has_momentum, scaled;
 };
 
 #define FIBECFED_KERNEL "update_kernel.h"
 #include "for_each_isa.h"
 
-struct Rows {
-  int32_t* steps;
-  const bool* mask;
-  int64_t num_rows;
-  const int64_t* layout;
-  int64_t lines;
-};
-
-float* values(const char* name, const Tensor& tensor, int64_t numel) {
+// The factor of all gradients; none: 1, and `scaled` stays false, so that nothing is multiplied.
+float factor(const std::optional<Tensor>& grad_scale, bool& scaled) {
+  scaled = grad_scale.has_value();
+  if (!scaled) return 1.0f;
   STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Float && tensor.numel() == numel && tensor.is_contiguous(), name,
-      ": wanted contiguous float32 (", numel, ",)");
-  return tensor.mutable_data_ptr<float>();
+      grad_scale->scalar_type() == ScalarType::Float && grad_scale->dim() == 0, "grad_scale: wanted float32 ()");
+  return *grad_scale->const_data_ptr<float>();
 }
 
-Rows rows_of(const Tensor& data, const Tensor& steps, const Tensor& mask, const Tensor& layout) {
+// The learning rates of the lines: lr, or lr times their own factors.
+struct Rates {
+  double lr;
+  const double* scales;
+  double of(int32_t line) const { return scales == nullptr ? lr : lr * scales[line]; }
+};
+
+Rates rates_of(double lr, const std::optional<Tensor>& lr_scale, int64_t lines) {
+  if (!lr_scale) return {lr, nullptr};
   STD_TORCH_CHECK(
-      mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
-      "mask: wanted contiguous bool (rows,)");
-  STD_TORCH_CHECK(
-      steps.scalar_type() == ScalarType::Int && steps.numel() == mask.numel() && steps.is_contiguous(),
-      "steps: wanted contiguous int32 (", mask.numel(), ",)");
-  STD_TORCH_CHECK(
-      layout.scalar_type() == ScalarType::Long && layout.dim() == 2 && layout.size(1) == 4 && layout.is_contiguous(),
-      "layout: wanted contiguous int64 (lines, 4)");
-  const Rows rows{
-      steps.mutable_data_ptr<int32_t>(), mask.const_data_ptr<bool>(), mask.numel(), layout.const_data_ptr<int64_t>(),
-      layout.size(0)};
-  bool inside = true;  // a wrong layout would write into other people's memory
-  for (const int64_t* at = rows.layout; at != rows.layout + 4 * rows.lines; at += 4) {
-    inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] + at[2] <= rows.num_rows &&
-             at[0] + at[2] * at[3] <= data.numel();
-  }
-  STD_TORCH_CHECK(inside, "layout: a line reaches beyond data or mask");
-  return rows;
+      lr_scale->scalar_type() == ScalarType::Double && lr_scale->dim() == 1 && lr_scale->numel() == lines &&
+          lr_scale->is_contiguous(),
+      "lr_scale: wanted contiguous float64 (", lines, ",)");
+  return {lr, lr_scale->const_data_ptr<double>()};
 }
 
 struct Run {
   int64_t offset, count;  // values
-  int32_t step;
+  int32_t step, line;
 };
-
-int64_t count_active(const bool* mask, int64_t rows) {
-  int64_t count = 0, row = 0;
-  for (; row + 8 <= rows; row += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, mask + row, 8);
-    count += static_cast<int64_t>(eight * 0x0101010101010101u >> 56);  // the sum of the bytes, each 0 or 1
-  }
-  for (; row < rows; ++row) count += mask[row];
-  return count;
-}
 
 // Counts up the steps of the active rows among [first, first + rows), at most kRows, and appends what to update. A mask
 // is hard to foresee, so there is no branch on a single row.
 int64_t find_runs(
-    const Rows& r, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs, int64_t found) {
+    const Rows& r, int32_t line, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs,
+    int64_t found) {
   const bool* const mask = r.mask + first;
   int32_t* const steps = r.steps + first;
   const int64_t active = count_active(mask, rows);
@@ -97,13 +81,13 @@ int64_t find_runs(
     for (int64_t i = 0; i < rows; ++i) same &= steps[i] == steps[0];
     if (same) {
       for (int64_t i = 0; i < rows; ++i) ++steps[i];
-      runs[found++] = {offset, rows * length, steps[0]};
+      runs[found++] = {offset, rows * length, steps[0], line};
       return found;
     }
   }
   const int64_t end = found + active;
   for (int64_t i = 0, at = found; i < rows; ++i) {
-    runs[at] = {offset + i * length, length, static_cast<int32_t>(i)};
+    runs[at] = {offset + i * length, length, static_cast<int32_t>(i), line};
     at += mask[i];
   }
   for (; found < end; ++found) runs[found].step = ++steps[runs[found].step];
@@ -113,12 +97,7 @@ int64_t find_runs(
 // Calls update(runs, number of runs) for all active rows, on several threads.
 template <class Update>
 void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& update) {
-  int64_t active = 0;
-  for (const int64_t* at = r.layout; at != r.layout + 4 * r.lines; at += 4) {
-    active += count_active(r.mask + at[1], at[2]) * at[3];
-  }
-  const int64_t tasks = (r.lines + kLinesPerTask - 1) / kLinesPerTask;
-  fibecfed::parallel_tasks(tasks, active * bytes_per_value, [&](const auto& next) {
+  for_tasks(r, bytes_per_value, [&](const auto& next) {
     auto own = update;                    // a copy for this thread: it remembers the constants of the steps it met
     std::array<Run, 2 * kRows + 1> runs;  // one more: find_runs writes before it knows whether a row is active
     for (int64_t task = next(); task >= 0; task = next()) {
@@ -127,8 +106,9 @@ void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& updat
       for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
         const int64_t* const at = r.layout + 4 * line;
         for (int64_t row = 0; row < at[2]; row += kRows) {
-          found =
-              find_runs(r, at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3], runs.data(), found);
+          found = find_runs(
+              r, static_cast<int32_t>(line), at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3],
+              runs.data(), found);
           if (found > kRows) {
             own(runs.data(), found);
             found = 0;
@@ -148,41 +128,53 @@ inline void prefetch(int64_t offset, const Buffers*... buffers) {
 
 void masked_adamw_(
     Tensor data, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor steps, Tensor mask, Tensor layout, double lr,
-    double beta1, double beta2, double eps, double weight_decay) {
+    double beta1, double beta2, double eps, double weight_decay, std::optional<Tensor> grad_scale,
+    std::optional<Tensor> lr_scale) {
   const int64_t numel = data.numel();
   float* const p = values("data", data, numel);
   const float* const g = values("grad", grad, numel);
   float* const m = values("exp_avg", exp_avg, numel);
   float* const v = values("exp_avg_sq", exp_avg_sq, numel);
-  const Rows rows = rows_of(data, steps, mask, layout);
+  const Rows rows = rows_of(numel, steps, mask, layout);
+  const Rates rates = rates_of(lr, lr_scale, rows.lines);
   const auto kernel = FIBECFED_BEST(adamw_values);
 
   AdamW constants{};
-  constants.decay = static_cast<float>(1 - lr * weight_decay);
   const float weight = static_cast<float>(1 - beta1);
   constants.lerp_from_grad = weight >= 0.5f;
   constants.lerp_weight = constants.lerp_from_grad ? weight - 1.0f : weight;
   constants.beta2 = static_cast<float>(beta2);
   constants.one_minus_beta2 = static_cast<float>(1 - beta2);
   constants.eps = static_cast<float>(eps);
+  constants.grad_scale = factor(grad_scale, constants.scaled);
 
-  // Bias corrections are two powers a distinct step count; rows awake for different times come in turns.
+  // Bias corrections are two powers a distinct step count; rows awake for different times come in turns. A line with
+  // another learning rate costs a division more.
   struct Correction {
     int32_t step = 0;
-    float sqrt_correction2 = 0.0f, minus_step_size = 0.0f;
+    float sqrt_correction2 = 0.0f, minus_step_size = 0.0f, decay = 0.0f;
+    double correction1 = 0.0, lr = 0.0;
   };
   for_active_runs(rows, 28, [=, met = std::array<Correction, 16>{}](const Run* runs, int64_t found) mutable {
     for (int64_t i = 0; i < found; ++i) {
       if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g, m, v);
       const int32_t step = runs[i].step;
+      const double rate = rates.of(runs[i].line);
       Correction& of = met[step & 15];
-      if (of.step != step) {
+      const bool counted = of.step == step;
+      if (!counted) {
         of.step = step;
         of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, step), 0.5));
-        of.minus_step_size = static_cast<float>(-(lr / (1 - std::pow(beta1, step))));
+        of.correction1 = 1 - std::pow(beta1, step);
+      }
+      if (!counted || of.lr != rate) {
+        of.lr = rate;
+        of.minus_step_size = static_cast<float>(-(rate / of.correction1));
+        of.decay = static_cast<float>(1 - rate * weight_decay);
       }
       constants.sqrt_correction2 = of.sqrt_correction2;
       constants.minus_step_size = of.minus_step_size;
+      constants.decay = of.decay;
       const int64_t offset = runs[i].offset;
       kernel(runs[i].count, constants, p + offset, g + offset, m + offset, v + offset);
     }
@@ -191,27 +183,59 @@ void masked_adamw_(
 
 void masked_sgd_(
     Tensor data, Tensor grad, Tensor momentum_buffer, Tensor steps, Tensor mask, Tensor layout, double lr,
-    double momentum, double dampening, double weight_decay, bool nesterov) {
+    double momentum, double dampening, double weight_decay, bool nesterov, std::optional<Tensor> grad_scale,
+    std::optional<Tensor> lr_scale) {
   const int64_t numel = data.numel();
   float* const p = values("data", data, numel);
   const float* const g = values("grad", grad, numel);
   float* const b = momentum == 0 ? nullptr : values("momentum_buffer", momentum_buffer, numel);
-  const Rows rows = rows_of(data, steps, mask, layout);
+  const Rows rows = rows_of(numel, steps, mask, layout);
+  const Rates rates = rates_of(lr, lr_scale, rows.lines);
   const auto kernel = FIBECFED_BEST(sgd_values);
-  const Sgd constants{
-      static_cast<float>(-lr),
-      static_cast<float>(momentum),
-      static_cast<float>(1 - dampening),
-      static_cast<float>(weight_decay),
-      nesterov,
-      momentum != 0};
-  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Run* runs, int64_t found) {
+  Sgd constants{};
+  constants.momentum = static_cast<float>(momentum);
+  constants.one_minus_dampening = static_cast<float>(1 - dampening);
+  constants.weight_decay = static_cast<float>(weight_decay);
+  constants.nesterov = nesterov;
+  constants.has_momentum = momentum != 0;
+  constants.grad_scale = factor(grad_scale, constants.scaled);
+  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Run* runs, int64_t found) mutable {
     for (int64_t i = 0; i < found; ++i) {
       if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g);
       const int64_t offset = runs[i].offset;
+      constants.minus_lr = static_cast<float>(-rates.of(runs[i].line));
       kernel(runs[i].count, constants, runs[i].step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
     }
   });
+}
+
+// A line's sum has one thread, and the lines' sums are added in order: the bits do not depend on the threads.
+Tensor masked_grad_norm(Tensor grad, Tensor mask, Tensor layout) {
+  const float* const g = values("grad", grad, grad.numel());
+  const Rows rows = rows_of(grad.numel(), std::nullopt, mask, layout);
+  const auto add = FIBECFED_BEST(add_squares);
+  std::vector<double> partial(rows.lines);
+  for_tasks(rows, 4, [&](const auto& next) {
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t last_line = std::min(rows.lines, (task + 1) * kLinesPerTask);
+      for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
+        const int64_t* const at = rows.layout + 4 * line;
+        const bool* const mask_of = rows.mask + at[1];
+        std::array<double, 16> sums{};
+        for (int64_t row = 0; row < at[2]; ++row) {
+          const int64_t first = row;
+          while (row < at[2] && mask_of[row]) ++row;
+          if (row > first) add((row - first) * at[3], g + at[0] + first * at[3], sums.data());
+        }
+        for (const double sum : sums) partial[line] += sum;
+      }
+    }
+  });
+  double total = 0.0;
+  for (const double sum : partial) total += sum;
+  Tensor norm = fibecfed::empty_floats({});
+  *norm.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total));
+  return norm;
 }
 
 }  // namespace
@@ -219,4 +243,5 @@ void masked_sgd_(
 STABLE_TORCH_LIBRARY_IMPL(fibecfed, CPU, m) {
   m.impl("masked_adamw_", TORCH_BOX(&masked_adamw_));
   m.impl("masked_sgd_", TORCH_BOX(&masked_sgd_));
+  m.impl("masked_grad_norm", TORCH_BOX(&masked_grad_norm));
 }

@@ -1,5 +1,5 @@
 // Included by for_each_isa.h once for each instruction set. One step of consecutive values that have the same step
-// count.
+// count and learning rate, and the sum of their gradients' squares.
 //
 // The operations, their order and where they are fused are those of torch's CPU kernels (addcmul, lerp and add with a
 // factor are fused where the processor can; mul, div and addcdiv are not), so that rounding agrees with torch.optim.
@@ -14,14 +14,22 @@ FIBECFED_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
+// The gradient as the step sees it.
+template <bool scaled, class Constants>
+FIBECFED_INLINE float scale(const Constants& c, float g) {
+  return scaled ? g * c.grad_scale : g;
+}
+
+template <bool scaled>
 struct AdamWStep {
   template <int width>
   FIBECFED_INLINE void at(
       const AdamW& c, float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v) {
     for (int i = 0; i < width; ++i) {
+      const float slope = scale<scaled>(c, g[i]);
       // torch's lerp starts from the nearer end
-      const float moment = multiply_add(c.lerp_weight, g[i] - m[i], c.lerp_from_grad ? g[i] : m[i]);
-      const float square = multiply_add(c.one_minus_beta2 * g[i], g[i], v[i] * c.beta2);
+      const float moment = multiply_add(c.lerp_weight, slope - m[i], c.lerp_from_grad ? slope : m[i]);
+      const float square = multiply_add(c.one_minus_beta2 * slope, slope, v[i] * c.beta2);
       const float denominator = __builtin_sqrtf(square) / c.sqrt_correction2 + c.eps;
       p[i] = p[i] * c.decay + (c.minus_step_size * moment) / denominator;
       m[i] = moment;
@@ -30,12 +38,13 @@ struct AdamWStep {
   }
 };
 
-template <bool decay, bool first, bool nesterov>
+template <bool decay, bool scaled, bool first, bool nesterov>
 struct MomentumStep {
   template <int width>
   FIBECFED_INLINE void at(const Sgd& c, float* __restrict p, const float* __restrict g, float* __restrict b) {
     for (int i = 0; i < width; ++i) {
-      const float change = decay ? multiply_add(c.weight_decay, p[i], g[i]) : g[i];
+      const float slope = scale<scaled>(c, g[i]);
+      const float change = decay ? multiply_add(c.weight_decay, p[i], slope) : slope;
       const float buffer = first ? change : multiply_add(c.one_minus_dampening, change, b[i] * c.momentum);
       p[i] = multiply_add(c.minus_lr, nesterov ? multiply_add(c.momentum, buffer, change) : buffer, p[i]);
       b[i] = buffer;
@@ -43,12 +52,13 @@ struct MomentumStep {
   }
 };
 
-template <bool decay>
+template <bool decay, bool scaled>
 struct PlainStep {
   template <int width>
   FIBECFED_INLINE void at(const Sgd& c, float* __restrict p, const float* __restrict g) {
     for (int i = 0; i < width; ++i) {
-      p[i] = multiply_add(c.minus_lr, decay ? multiply_add(c.weight_decay, p[i], g[i]) : g[i], p[i]);
+      const float slope = scale<scaled>(c, g[i]);
+      p[i] = multiply_add(c.minus_lr, decay ? multiply_add(c.weight_decay, p[i], slope) : slope, p[i]);
     }
   }
 };
@@ -69,23 +79,56 @@ FIBECFED_INLINE void for_values(int64_t count, const Constants& shared, Buffers.
 }
 
 static void adamw_values(int64_t count, const AdamW& c, float* p, const float* g, float* m, float* v) {
-  for_values<AdamWStep>(count, c, p, g, m, v);
+  return c.scaled ? for_values<AdamWStep<true>>(count, c, p, g, m, v)
+                  : for_values<AdamWStep<false>>(count, c, p, g, m, v);
 }
 
-template <bool decay>
+template <bool decay, bool scaled>
 static void sgd_values_of(int64_t count, const Sgd& c, bool first, float* p, const float* g, float* b) {
-  if (!c.has_momentum) return for_values<PlainStep<decay>>(count, c, p, g);
+  if (!c.has_momentum) return for_values<PlainStep<decay, scaled>>(count, c, p, g);
   if (c.nesterov) {
-    return first ? for_values<MomentumStep<decay, true, true>>(count, c, p, g, b)
-                 : for_values<MomentumStep<decay, false, true>>(count, c, p, g, b);
+    return first ? for_values<MomentumStep<decay, scaled, true, true>>(count, c, p, g, b)
+                 : for_values<MomentumStep<decay, scaled, false, true>>(count, c, p, g, b);
   }
-  return first ? for_values<MomentumStep<decay, true, false>>(count, c, p, g, b)
-               : for_values<MomentumStep<decay, false, false>>(count, c, p, g, b);
+  return first ? for_values<MomentumStep<decay, scaled, true, false>>(count, c, p, g, b)
+               : for_values<MomentumStep<decay, scaled, false, false>>(count, c, p, g, b);
 }
 
 static void sgd_values(int64_t count, const Sgd& c, bool first, float* p, const float* g, float* b) {
-  return c.weight_decay != 0.0f ? sgd_values_of<true>(count, c, first, p, g, b)
-                                : sgd_values_of<false>(count, c, first, p, g, b);
+  if (c.weight_decay != 0.0f) {
+    return c.scaled ? sgd_values_of<true, true>(count, c, first, p, g, b)
+                    : sgd_values_of<true, false>(count, c, first, p, g, b);
+  }
+  return c.scaled ? sgd_values_of<false, true>(count, c, first, p, g, b)
+                  : sgd_values_of<false, false>(count, c, first, p, g, b);
+}
+
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(64)));
+
+FIBECFED_INLINE void add_eight(Doubles& sums, const float* g) {
+  const Doubles values = __builtin_convertvector(*reinterpret_cast<const Floats*>(g), Doubles);
+  sums += values * values;
+}
+
+// Adds the squares of consecutive values to 16 sums. The square of a float32 is exact in float64, so that it does not
+// matter where it is fused into the sum: every instruction set makes the same bits.
+static void add_squares(int64_t count, const float* g, double* sums) {
+  Doubles low, high;
+  __builtin_memcpy(&low, sums, sizeof low);
+  __builtin_memcpy(&high, sums + 8, sizeof high);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    add_eight(low, g + i);
+    add_eight(high, g + i + 8);
+  }
+  if (i + 8 <= count) {
+    add_eight(low, g + i);
+    i += 8;
+  }
+  for (int lane = 0; i < count; ++i, ++lane) high[lane] += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+  __builtin_memcpy(sums, &low, sizeof low);
+  __builtin_memcpy(sums + 8, &high, sizeof high);
 }
 
 #undef FIBECFED_INLINE

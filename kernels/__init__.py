@@ -2,7 +2,8 @@
 
 * fisher: :func:`fisher_diag`, :func:`lora_fisher_diag`, :func:`clipped_grad`: per-sample Fisher information, and sums
   of clipped gradients, without per-sample gradients in memory.
-* update: :func:`masked_adamw_`, :func:`masked_sgd_`: optimizer steps that really freeze rows.
+* update: :func:`masked_adamw_`, :func:`masked_sgd_`: optimizer steps that really freeze rows;
+  :func:`masked_grad_norm`: what they clip by.
 * wire: :class:`WirePlan`, :func:`aggregate`: adapters as safetensors messages, averaged as they arrive.
 
 Every op has three bodies of one meaning; :func:`backend` tells which one runs, :func:`use_backend` forces one.
@@ -15,7 +16,7 @@ if __name__ != "kernels":
     from ._backend import backend, use_backend
     from .fisher import FisherDiag, LoraFisherDiag, clipped_grad, fisher_diag, lora_fisher_diag
     from .layout import Entry, FlatBuffers, row_layout
-    from .update import masked_adamw_, masked_sgd_
+    from .update import masked_adamw_, masked_grad_norm, masked_sgd_
     from .wire import Message, WireError, WirePlan, aggregate
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "fisher_diag",
     "lora_fisher_diag",
     "masked_adamw_",
+    "masked_grad_norm",
     "masked_sgd_",
     "row_layout",
     "use_backend",

@@ -20,9 +20,12 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "weighted_grad": "(Tensor x, Tensor grad_y, Tensor weights, Tensor? cu_seqlens) -> Tensor",
     "masked_adamw_": "(Tensor(a!) data, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) steps,"
-    " Tensor mask, Tensor layout, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    " Tensor mask, Tensor layout, float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " Tensor? grad_scale=None, Tensor? lr_scale=None) -> ()",
     "masked_sgd_": "(Tensor(a!) data, Tensor grad, Tensor(b!) momentum_buffer, Tensor(c!) steps, Tensor mask,"
-    " Tensor layout, float lr, float momentum, float dampening, float weight_decay, bool nesterov) -> ()",
+    " Tensor layout, float lr, float momentum, float dampening, float weight_decay, bool nesterov,"
+    " Tensor? grad_scale=None, Tensor? lr_scale=None) -> ()",
+    "masked_grad_norm": "(Tensor grad, Tensor mask, Tensor layout) -> Tensor",
     "wire_pack_": "(Tensor data, Tensor table, Tensor(a!) values, Tensor(b!) scales) -> ()",
     "wire_unpack_": "(Tensor values, Tensor scales, Tensor table, Tensor(a!) data) -> ()",
     "wire_accumulate_": "(Tensor(a!) sum, Tensor values, Tensor scales, Tensor table, float weight) -> ()",
@@ -88,13 +91,18 @@ def _(x: Tensor, grad_y: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> 
 
 
 @torch.library.register_fake("fibecfed::masked_adamw_", lib=_library)
-def _(*args: Any) -> None:
+def _(*args: Any, **scales: Any) -> None:
     return None
 
 
 @torch.library.register_fake("fibecfed::masked_sgd_", lib=_library)
-def _(*args: Any) -> None:
+def _(*args: Any, **scales: Any) -> None:
     return None
+
+
+@torch.library.register_fake("fibecfed::masked_grad_norm", lib=_library)
+def _(grad: Tensor, mask: Tensor, layout: Tensor) -> Tensor:
+    return grad.new_empty((), dtype=torch.float32)
 
 
 @torch.library.register_fake("fibecfed::wire_pack_", lib=_library)

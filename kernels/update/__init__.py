@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
 from .._dispatch import run
+from .arguments import check_tensors
 from .hyper import check_adamw, check_sgd
 
 
@@ -23,6 +26,8 @@ def masked_adamw_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    grad_scale: Tensor | None = None,
+    lr_scale: Tensor | None = None,
 ) -> None:
     """One AdamW step on the active rows of a flat buffer, in place, in one launch.
 
@@ -38,15 +43,23 @@ def masked_adamw_(
         data, grad, exp_avg, exp_avg_sq: float32 (numel,), contiguous; all but ``grad`` are changed.
         steps: int32 (num_rows,), steps taken by each row so far; changed.
         mask: bool (num_rows,).
-        layout: int64 (lines, 4) from :func:`fibecfed_kernels.row_layout`, on the same device.
+        layout: int64 (lines, 4) from :func:`fibecfed_kernels.row_layout`, on the same device. It is read and checked
+            once an object, and again when it was changed in place.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
+        grad_scale: float32 (), g is multiplied by it, and rounded, before anything else; ``grad`` itself stays as it
+            is. None: g is not multiplied.
+        lr_scale: float64 (lines,), finite and ≥ 0, checked as ``layout`` is: a line's learning rate is
+            lr·lr_scale[line], also in the decay 1 − lr·λ, as in a parameter group with that lr. None: lr everywhere.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or hyper-parameter.
+    Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or hyper-parameter, for a layout that does
+    not cover the buffer line by line, and for changed tensors that share memory with any other.
     """
     check_adamw(lr, betas, eps, weight_decay)
-    _check_tensors(data, steps, mask, layout, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    given = {"data": data, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps, "mask": mask}
+    scales = {"grad_scale": grad_scale, "lr_scale": lr_scale}
+    check_tensors({**given, "layout": layout, **scales}, changed=("data", "exp_avg", "exp_avg_sq", "steps"))
     hyper = map(float, (lr, *betas, eps, weight_decay))
-    args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, *hyper)
+    args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, *hyper, grad_scale, lr_scale)
     with torch.no_grad():
         run("masked_adamw_", data, *args)
     _changed(data, exp_avg, exp_avg_sq, steps)
@@ -65,6 +78,8 @@ def masked_sgd_(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    grad_scale: Tensor | None = None,
+    lr_scale: Tensor | None = None,
 ) -> None:
     """One SGD step on the active rows of a flat buffer, in place, in one launch.
 
@@ -78,58 +93,36 @@ def masked_sgd_(
     Raises: as :func:`masked_adamw_`.
     """
     check_sgd(lr, momentum, dampening, weight_decay, nesterov)
+    given = {"data": data, "grad": grad, "momentum_buffer": momentum_buffer, "steps": steps, "mask": mask}
+    scales = {"grad_scale": grad_scale, "lr_scale": lr_scale}
+    check_tensors({**given, "layout": layout, **scales}, changed=("data", "momentum_buffer", "steps"))
     if momentum_buffer is None:
-        _check_tensors(data, steps, mask, layout, grad=grad)
         if momentum != 0.0:
             raise ValueError(f"momentum_buffer: None, wanted float32 ({data.numel()},) since momentum is {momentum}")
         momentum_buffer = data.new_empty(0)
-    else:
-        _check_tensors(data, steps, mask, layout, grad=grad, momentum_buffer=momentum_buffer)
     hyper = (float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov))
     with torch.no_grad():
-        run("masked_sgd_", data, data, grad, momentum_buffer, steps, mask, layout, *hyper)
+        run("masked_sgd_", data, data, grad, momentum_buffer, steps, mask, layout, *hyper, grad_scale, lr_scale)
     _changed(data, momentum_buffer, steps)
+
+
+def masked_grad_norm(grad: Tensor, mask: Tensor, layout: Tensor) -> Tensor:
+    """The Euclidean norm of the active rows' gradients, in one pass.
+
+    norm = √Σ g² over the values of every row with ``mask[row]``. Squares and sums are float64, added in an order that
+    depends on mask and layout alone: the same input gives the same bits, whatever the number of threads. An inactive
+    row is not read, so a NaN there does not show.
+
+    Args: as :func:`masked_adamw_`; nothing is changed.
+    Returns float32 () on the device of ``grad``; 0 where no row is active.
+    Raises: as :func:`masked_adamw_`.
+    """
+    check_tensors({"grad": grad, "mask": mask, "layout": layout}, changed=())
+    with torch.no_grad():
+        return cast(Tensor, run("masked_grad_norm", grad, grad, mask, layout))
 
 
 def _changed(*tensors: Tensor) -> None:
     """Tell autograd: the bodies write through raw pointers, which it does not see."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
-
-
-def _check_tensors(data: Tensor, steps: Tensor, mask: Tensor, layout: Tensor, **like_data: Tensor) -> None:
-    """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted."""
-    given = {"data": data, "steps": steps, "mask": mask, "layout": layout, **like_data}
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {type(value).__name__}, wanted a torch.Tensor")
-    rows = mask.numel()
-    wanted = {
-        "data": (data, torch.float32, (data.numel(),)),
-        **{name: (tensor, torch.float32, (data.numel(),)) for name, tensor in like_data.items()},
-        "steps": (steps, torch.int32, (rows,)),
-        "mask": (mask, torch.bool, (rows,)),
-        "layout": (layout, torch.int64, (layout.shape[0] if layout.dim() else 0, 4)),
-    }
-    for name, (tensor, dtype, shape) in wanted.items():
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != data.device:
-            error = TypeError if tensor.dtype != dtype else ValueError
-            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise error(f"{name}: {found}, wanted {dtype} {shape} on {data.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: strides {tensor.stride()}, wanted a contiguous tensor")
-    _check_layout(data, mask, layout)
-
-
-def _check_layout(data: Tensor, mask: Tensor, layout: Tensor) -> None:
-    """The last line must end where the buffers end (row_layout proves the rest); read once per layout object."""
-    if torch.compiler.is_compiling() or getattr(layout, "_fibecfed_checked", None) == (data.numel(), mask.numel()):
-        return
-    offset, first_row, rows, length = layout[-1].tolist() if len(layout) else (0, 0, 0, 0)
-    end = (offset + rows * length, first_row + rows)
-    if end != (data.numel(), mask.numel()):
-        raise ValueError(
-            f"layout: covers {end[0]} values in {end[1]} rows, wanted {data.numel()} values (data) "
-            f"in {mask.numel()} rows (mask)"
-        )
-    layout._fibecfed_checked = end  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The kernels of masked AdamW and SGD on CUDA; their launches are in triton.py."""
+"""The kernels of masked AdamW, SGD and the norm on CUDA; their launches are in triton.py."""
 # mypy: disallow-untyped-defs=False
 
 import triton
@@ -39,14 +39,26 @@ def _complement_of_power(table, step, FINE: tl.constexpr):
     return 1.0 - tl.load(table + step % FINE) * tl.load(table + FINE + step // FINE)
 
 
-# lr is float64: the step size lr / (1 − β1ˢ) is rounded once, as torch rounds it.
+@triton.jit
+def _lr_scale(lr_scale, SCALED: tl.constexpr):
+    """What this program's line multiplies lr by, as a float64 tensor: a product with one stays float64 everywhere."""
+    scale = tl.full((), 1.0, tl.float64)
+    if SCALED:
+        scale = tl.load(lr_scale + tl.program_id(0))
+    return scale
+
+
+# lr is float64: the step size lr / (1 − β1ˢ) and the decay 1 − lr·λ are rounded once, as torch rounds them.
 @triton.jit
 def adamw_kernel(
-    data, grad, exp_avg, exp_avg_sq, steps, mask, layout, powers1, powers2, lr: tl.float64, decay, weight1, beta2,
-    weight2, eps, FINE: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
+    data, grad, exp_avg, exp_avg_sq, steps, mask, layout, powers1, powers2, grad_scale, lr_scale, lr: tl.float64,
+    weight_decay: tl.float64, weight1, beta2, weight2, eps, SCALED_GRAD: tl.constexpr, SCALED_LR: tl.constexpr,
+    FINE: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """decay = 1 − lr·λ, weight1 = 1 − β1, weight2 = 1 − β2."""
+    """weight1 = 1 − β1, weight2 = 1 − β2; grad_scale and lr_scale are not read unless SCALED."""
     offset, first_row, rows, length = _line(layout)
+    rate = lr * _lr_scale(lr_scale, SCALED_LR)
+    decay = (1.0 - rate * weight_decay).to(tl.float32)
     for start in range(0, rows * length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         row = first_row + i // length
@@ -56,12 +68,14 @@ def adamw_kernel(
             step = tl.load(steps + row, mask=active, other=0) + 1
             p = tl.load(data + at, mask=active, other=0.0) * decay
             g = tl.load(grad + at, mask=active, other=0.0)
+            if SCALED_GRAD:
+                g = g * tl.load(grad_scale)
             m = tl.load(exp_avg + at, mask=active, other=0.0)
             v = tl.load(exp_avg_sq + at, mask=active, other=0.0)
             near = weight1 < 0.5  # torch's lerp_ starts from the nearer end
             m = _fma(tl.where(near, weight1, weight1 - 1.0), g - m, tl.where(near, m, g), EMULATE)
             v = _fma(weight2 * g, g, v * beta2, EMULATE)
-            size = (lr / _complement_of_power(powers1, step, FINE)).to(tl.float32)
+            size = (rate / _complement_of_power(powers1, step, FINE)).to(tl.float32)
             root = tl.sqrt_rn(_complement_of_power(powers2, step, FINE).to(tl.float32))
             denom = tl.div_rn(tl.sqrt_rn(v), root) + eps
             tl.store(data + at, p - tl.div_rn(size * m, denom), mask=active)
@@ -72,12 +86,13 @@ def adamw_kernel(
 
 @triton.jit
 def sgd_kernel(
-    data, grad, momentum_buffer, steps, mask, layout, lr, momentum, undamped, weight_decay,
-    DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
-    EMULATE: tl.constexpr,
+    data, grad, momentum_buffer, steps, mask, layout, grad_scale, lr_scale, lr: tl.float64, momentum, undamped,
+    weight_decay, SCALED_GRAD: tl.constexpr, SCALED_LR: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """undamped = 1 − dampening; momentum_buffer is not touched unless MOMENTUM."""
+    """undamped = 1 − dampening; momentum_buffer is not touched unless MOMENTUM, nor the scales unless SCALED."""
     offset, first_row, rows, length = _line(layout)
+    rate = (lr * _lr_scale(lr_scale, SCALED_LR)).to(tl.float32)
     for start in range(0, rows * length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         row = first_row + i // length
@@ -86,6 +101,8 @@ def sgd_kernel(
             at = offset + i
             p = tl.load(data + at, mask=active, other=0.0)
             g = tl.load(grad + at, mask=active, other=0.0)
+            if SCALED_GRAD:
+                g = g * tl.load(grad_scale)
             if DECAY:
                 g = _fma(weight_decay, p, g, EMULATE)
             if MOMENTUM:
@@ -97,5 +114,28 @@ def sgd_kernel(
                     g = _fma(momentum, b, g, EMULATE)
                 else:
                     g = b
-            tl.store(data + at, _fma(-lr, g, p, EMULATE), mask=active)
+            tl.store(data + at, _fma(-rate, g, p, EMULATE), mask=active)
     _count_up(steps, mask, first_row, rows, BLOCK)
+
+
+@triton.jit
+def squares_kernel(grad, mask, layout, partial, BLOCK: tl.constexpr):
+    """partial[line] = Σ g² over the line's active rows, in float64, where the square of a float32 is exact."""
+    offset, first_row, rows, length = _line(layout)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, rows * length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        active = tl.load(mask + first_row + i // length, mask=i < rows * length, other=0) != 0
+        g = tl.load(grad + offset + i, mask=active, other=0.0).to(tl.float64)
+        sums += g * g
+    tl.store(partial + tl.program_id(0), tl.sum(sums, 0))
+
+
+@triton.jit
+def norm_kernel(partial, norm, lines, BLOCK: tl.constexpr):
+    """norm = √Σ partial; one program."""
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, lines, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        sums += tl.load(partial + i, mask=i < lines, other=0.0)
+    tl.store(norm, tl.sqrt(tl.sum(sums, 0)).to(tl.float32))

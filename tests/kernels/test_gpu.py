@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibecfed_kernels import backend, fisher_diag, lora_fisher_diag, masked_adamw_
+from fibecfed_kernels import backend, fisher_diag, lora_fisher_diag, masked_adamw_, masked_grad_norm
 from tests.kernels.oracle import DTYPES, fisher_inputs
 from tests.kernels.triton_cases import *  # noqa: F403  every case, run on the GPU here
-from tests.kernels.triton_cases import State, assert_true, equal, lora_inputs
+from tests.kernels.triton_cases import assert_true, equal, lora_inputs
+from tests.kernels.triton_update_cases import *  # noqa: F403
+from tests.kernels.triton_update_cases import State
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +81,29 @@ def test_adamw_replays_in_a_cuda_graph() -> None:
         assert torch.equal(one, two)
 
 
+def test_a_clipped_step_replays_in_a_cuda_graph() -> None:
+    state = State(0.5)
+
+    def step() -> Tensor:
+        norm = masked_grad_norm(state.grad, state.mask, state.layout)
+        scale = torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+        tensors = (state.data, state.grad, state.m, state.v, state.steps, state.mask, state.layout)
+        masked_adamw_(*tensors, lr=1e-3, grad_scale=scale)
+        return norm
+
+    graph, norm = captured(step)
+    state.grad.mul_(3.0)
+    buffers = (state.data, state.m, state.v, state.steps)
+    before = [t.clone() for t in buffers]
+    graph.replay()
+    found = [t.clone() for t in (*buffers, norm)]
+    for tensor, value in zip(buffers, before, strict=True):
+        tensor.copy_(value)
+    norm = step()
+    for one, two in zip(found, (*buffers, norm), strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_of_the_fisher_ops(dtype: torch.dtype) -> None:
     x, h, grad_h, grad_y = lora_inputs(2, 5, 31, (8,), (12,), dtype)
@@ -95,3 +120,6 @@ def test_opcheck_of_the_update_ops() -> None:
     torch.library.opcheck(torch.ops.fibecfed.masked_adamw_.default, (*tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01))
     tensors = (state.data, state.grad, state.m, state.steps, state.mask, state.layout)
     torch.library.opcheck(torch.ops.fibecfed.masked_sgd_.default, (*tensors, 0.1, 0.9, 0.0, 0.0, False))
+    scales = (torch.tensor(0.5).cuda(), torch.ones(len(state.layout), dtype=torch.float64).cuda())
+    torch.library.opcheck(torch.ops.fibecfed.masked_sgd_.default, (*tensors, 0.1, 0.9, 0.0, 0.0, False, *scales))
+    torch.library.opcheck(torch.ops.fibecfed.masked_grad_norm.default, (state.grad, state.mask, state.layout))

@@ -13,12 +13,14 @@ from fibecfed_kernels import (
     fisher_diag,
     lora_fisher_diag,
     masked_adamw_,
+    masked_grad_norm,
     masked_sgd_,
     row_layout,
     use_backend,
 )
 
 from .oracle import DTYPES, assert_near, fisher_inputs, fisher_truth
+from .update_tools import STEPS, State, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
@@ -112,3 +114,23 @@ def test_updates(instruction_set: str, kind: str) -> None:
     assert_near(found, wanted.double(), "update")
     still = ~mask.repeat_interleave(layout[:, 3].repeat_interleave(layout[:, 2]))
     assert torch.equal(found[still], data[still])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_scaled_gradients_are_gradients_multiplied_before(instruction_set: str, name: str) -> None:
+    state, other, factor = State().used(), State().used(), torch.tensor(0.37)
+    (grad,) = gradients(state.numel, 1)
+    STEPS[name](state, grad, grad_scale=factor)
+    STEPS[name](other, grad * factor)
+    for buffer in ("data", "first", "second", "steps"):
+        assert torch.equal(getattr(state, buffer), getattr(other, buffer))
+
+
+def test_the_norm_has_the_same_bits_everywhere(instruction_set: str) -> None:
+    state = State()
+    state.mask = torch.rand(state.rows, generator=torch.Generator().manual_seed(0)) < 0.6
+    for grad in gradients(state.numel, 5):
+        found = masked_grad_norm(grad, state.mask, state.layout)
+        _C.limit_instruction_set("baseline")
+        assert torch.equal(found, masked_grad_norm(grad, state.mask, state.layout))
+        _C.limit_instruction_set(instruction_set)

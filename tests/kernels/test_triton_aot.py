@@ -7,6 +7,7 @@ compilation: what is compiled is what a launch would compile. cuobjdump then rea
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -49,9 +50,13 @@ def run_everything() -> None:
     layout = row_layout([Entry("w", (4, 1000), 0, 0)])
     values = [torch.empty(4000) for _ in range(4)]
     steps, mask = torch.zeros(4, dtype=torch.int32), torch.ones(4, dtype=torch.bool)
-    update.masked_adamw_(*values, steps, mask, layout, 1e-3, 0.9, 0.999, 1e-8, 0.01)
-    update.masked_sgd_(*values[:3], steps, mask, layout, 0.1, 0.9, 0.0, 0.01, True)
-    update.masked_sgd_(*values[:3], steps, mask, layout, 0.1, 0.0, 0.0, 0.0, False)
+    grad_scale, lr_scale = torch.empty(()), torch.empty(len(layout), dtype=torch.float64)
+    for scales in itertools.product((None, grad_scale), (None, lr_scale)):
+        update.masked_adamw_(*values, steps, mask, layout, 1e-3, 0.9, 0.999, 1e-8, 0.01, *scales)
+        update.masked_sgd_(*values[:3], steps, mask, layout, 0.1, 0.9, 0.0, 0.01, True, *scales)
+        update.masked_sgd_(*values[:3], steps, mask, layout, 0.1, 0.0, 0.0, 0.0, False, *scales)
+    update.masked_grad_norm(values[0], mask, layout)
+    update.masked_grad_norm(values[0][:1000], mask[:1], layout[:1])
 
 
 def compile_all(folder: Path) -> dict[int, list[dict[str, Any]]]:
@@ -118,7 +123,8 @@ def test_every_kernel_and_table_row_compiles_without_spills(
     target: int, usage_by_target: dict[str, list[dict[str, Any]]]
 ) -> None:
     found = usage_by_target[str(target)]
-    assert {usage["kernel"] for usage in found} == {"fisher_kernel", "finish_kernel", "adamw_kernel", "sgd_kernel"}
+    kernels = {usage["kernel"] for usage in found}
+    assert kernels == {"fisher_kernel", "finish_kernel", "adamw_kernel", "sgd_kernel", "squares_kernel", "norm_kernel"}
     for usage in found:
         assert usage["STACK"] == usage["LOCAL"] == 0, f"spills: {usage}"
         assert usage["shared"] <= SHARED_MEMORY[target], f"more shared memory than a program may take: {usage}"

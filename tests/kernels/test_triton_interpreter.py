@@ -1,4 +1,4 @@
-"""The Triton bodies of fisher and update without a GPU: triton_cases.py in a process of Triton's interpreter."""
+"""The Triton bodies of fisher and update without a GPU: their cases in a process of Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the same cases on it")
 def test_triton_bodies_pass_their_cases_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}  # read when triton is imported
-    command = [sys.executable, "-m", "pytest", "tests/kernels/triton_cases.py", "--tb=short", "--durations=5"]
+    cases = ["tests/kernels/triton_cases.py", "tests/kernels/triton_update_cases.py"]
+    command = [sys.executable, "-m", "pytest", *cases, "--tb=short", "--durations=5"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

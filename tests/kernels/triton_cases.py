@@ -1,4 +1,4 @@
-"""The cases of the Triton bodies of fisher and update, as tests.
+"""The cases of the Triton bodies of fisher, as tests; those of update are in triton_update_cases.py.
 
 They run twice: on CPU tensors in a process of Triton's interpreter (test_triton_interpreter.py), and on a GPU
 (test_gpu.py imports them). The name keeps pytest from collecting this file by itself.
@@ -13,18 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibecfed_kernels import (
-    Entry,
-    FisherDiag,
-    clipped_grad,
-    fisher_diag,
-    lora_fisher_diag,
-    masked_adamw_,
-    masked_sgd_,
-    row_layout,
-    use_backend,
-)
-from fibecfed_kernels.update import reference
+from fibecfed_kernels import FisherDiag, clipped_grad, fisher_diag, lora_fisher_diag, use_backend
 from tests.kernels.oracle import assert_near, clipped_truth, fisher_inputs, fisher_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,134 +152,3 @@ def test_strided_inputs_are_read_as_they_are_meant() -> None:
     x, grad_y = fisher_inputs(2, 33, 62, 12, FP32, device=DEVICE)
     found = fisher_diag(x[..., ::2], grad_y.transpose(0, 1).contiguous().transpose(0, 1), weight_grad=True)
     assert_true(found, x[..., ::2], grad_y)
-
-
-SHAPES = ((8, 384), (384, 8), (1500,), (2, 4096), (), (31, 12))
-
-
-class State:
-    """A flat buffer of odd shapes with its moments, step counts and a mask; gradients of inactive rows are NaN."""
-
-    def __init__(self, share: float, line_numel: int = 1024) -> None:
-        entries, offset = [], 0
-        for i, shape in enumerate(SHAPES):
-            entries.append(Entry(f"p{i}", shape, offset, 0))
-            offset += entries[-1].numel
-        self.layout = row_layout(entries, DEVICE, line_numel)
-        rows = sum(entry.rows for entry in entries)
-        self.steps = torch.randint(0, 4, (rows,), dtype=torch.int32).to(DEVICE)
-        self.mask = (torch.rand(rows) < share).to(DEVICE)
-        self.mask[400:500] = False
-        self.data, self.m = torch.randn(offset).to(DEVICE), torch.randn(offset).to(DEVICE)
-        self.v = torch.rand(offset).to(DEVICE)
-        lengths = self.layout[:, 3].repeat_interleave(self.layout[:, 2])
-        self.active = self.mask.repeat_interleave(lengths)
-        self.grad = torch.where(self.active, torch.randn(offset).to(DEVICE), float("nan"))
-
-    def check(self, moved: dict[str, Tensor], truth: dict[str, Tensor], steps: Tensor) -> None:
-        """``moved``: buffers after the step; ``truth``: the same in float64 from the reference."""
-        assert torch.equal(steps, self.steps + self.mask)
-        for name, after in moved.items():
-            before = getattr(self, name)
-            assert torch.equal(after[~self.active], before[~self.active]), f"{name}: an inactive row moved"
-            assert_near(after[self.active].cpu(), truth[name][self.active].cpu(), "update")
-
-
-@pytest.mark.parametrize(
-    ("share", "line_numel", "betas", "decay"),
-    [
-        (0.5, 1024, (0.9, 0.999), 0.01),
-        (1.0, 1024, (0.0, 0.95), 0.0),
-        (0.1, 3000, (0.3, 0.9999999), 0.1),
-        (0.0, 1024, (0.9, 0.999), 0.01),
-    ],
-)
-def test_adamw_moves_active_rows_as_the_reference_and_leaves_the_others(
-    share: float, line_numel: int, betas: tuple[float, float], decay: float
-) -> None:
-    state = State(share, line_numel)
-    state.steps[:3] = torch.tensor([70_000, 200_000, 2**31 - 2], dtype=torch.int32)  # past both tables' first entries
-    moved = {name: getattr(state, name).clone() for name in ("data", "m", "v")}
-    steps = state.steps.clone()
-    masked_adamw_(
-        moved["data"], state.grad, moved["m"], moved["v"], steps, state.mask, state.layout,
-        lr=3e-3, betas=betas, weight_decay=decay,
-    )  # fmt: skip
-    truth = {name: getattr(state, name).double() for name in ("data", "m", "v")}
-    tensors = (truth["data"], state.grad.double(), truth["m"], truth["v"])
-    reference.masked_adamw_(*tensors, state.steps.clone(), state.mask, state.layout, 3e-3, *betas, 1e-8, decay)
-    state.check(moved, truth, steps)
-
-
-@pytest.mark.parametrize(
-    ("share", "momentum", "dampening", "decay", "nesterov"),
-    [
-        (0.5, 0.9, 0.3, 0.01, False),
-        (0.5, 0.9, 0.0, 0.01, True),
-        (0.5, 0.0, 0.0, 0.0, False),
-        (1.0, 0.5, 0.0, 0.0, False),
-    ],
-)
-def test_sgd_moves_active_rows_as_the_reference_and_leaves_the_others(
-    share: float, momentum: float, dampening: float, decay: float, nesterov: bool
-) -> None:
-    state = State(share)
-    fresh = (state.steps == 0).repeat_interleave(state.layout[:, 3].repeat_interleave(state.layout[:, 2]))
-    state.m[fresh & state.active] = float("nan")  # what a row's buffer holds before its first step must not matter
-    moved = {"data": state.data.clone(), "m": state.m.clone()}
-    steps = state.steps.clone()
-    masked_sgd_(
-        moved["data"], state.grad, moved["m"] if momentum else None, steps, state.mask, state.layout,
-        lr=0.1, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov,
-    )  # fmt: skip
-    truth = {"data": state.data.double(), "m": state.m.double()}
-    tensors = (truth["data"], state.grad.double(), truth["m"])
-    reference.masked_sgd_(
-        *tensors, state.steps.clone(), state.mask, state.layout, 0.1, momentum, dampening, decay, nesterov
-    )
-    if momentum:
-        state.check(moved, truth, steps)
-    else:
-        state.check({"data": moved["data"]}, truth, steps)
-        assert torch.equal(moved["m"].isnan(), state.m.isnan())
-
-
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99999, 0.9999999)])
-@pytest.mark.parametrize("start", [0.0, 1.0])
-def test_a_step_of_adamw_is_within_ulps_of_the_truth_at_every_step_count(
-    start: float, betas: tuple[float, float]
-) -> None:
-    counts = [0, 1, 2, 9, 164, 17_000, 65_534, 65_535, 65_536, 1_000_000, 2**31 - 2]
-    length = 100
-    layout = row_layout([Entry("p", (len(counts), length), 0, 0)])
-    steps, mask = torch.tensor(counts, dtype=torch.int32), torch.ones(len(counts), dtype=torch.bool)
-    # A moment of the gradient's sign, so that nothing cancels; from zero every ulp of the step itself is seen.
-    tensors = [torch.full((len(counts) * length,), start), *(torch.rand(len(counts) * length) + 0.1 for _ in range(3))]
-    truth = [t.double() for t in tensors]
-    reference.masked_adamw_(*truth, steps.clone(), mask, layout, 3e-3, *betas, 1e-8, 0.01)
-    moved = [t.to(DEVICE) for t in tensors]
-    others = (t.to(DEVICE) for t in (steps.clone(), mask, layout))
-    masked_adamw_(*moved, *others, lr=3e-3, betas=betas, weight_decay=0.01)
-    # The step from zero is a chain of seven float32 roundings; torch's own is as far from the truth.
-    for name, wanted, actual, most in zip(
-        ("p", "grad", "m", "v"), truth, moved, (2 if start else 4, 0, 2, 2), strict=True
-    ):
-        ulps = (actual.cpu().double() - wanted).abs() / (torch.finfo(FP32).eps * wanted.abs())
-        assert ulps.max() <= most, f"{name}: {ulps.view(len(counts), length).amax(1)} ulp"
-
-
-def test_adamw_with_all_rows_active_follows_torch_optim() -> None:
-    state = State(1.0)
-    state.mask[:] = True
-    state.steps.zero_()
-    parameter = torch.nn.Parameter(state.data.clone())
-    optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, foreach=False)
-    m, v = torch.zeros_like(state.data), torch.zeros_like(state.data)
-    for _ in range(3):
-        parameter.grad = torch.randn(state.data.shape).to(DEVICE)
-        optimizer.step()
-        masked_adamw_(
-            state.data, parameter.grad, m, v, state.steps, state.mask, state.layout, lr=1e-2, weight_decay=0.1
-        )
-    assert_near(state.data.cpu(), parameter.detach().double().cpu(), "update")
-    assert (state.steps == 3).all()

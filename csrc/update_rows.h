@@ -1,0 +1,73 @@
+// What the update ops are given beside their values: rows, which of them are active, and the lines that hold them.
+#pragma once
+
+#include "common.h"
+
+#include <cstring>
+#include <limits>
+#include <optional>
+
+namespace fibecfed {
+
+constexpr int64_t kLinesPerTask = 16;
+
+struct Rows {
+  int32_t* steps;  // null where only the mask is read
+  const bool* mask;
+  int64_t num_rows;
+  const int64_t* layout;
+  int64_t lines;
+};
+
+inline float* values(const char* name, const Tensor& tensor, int64_t numel) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float && tensor.numel() == numel && tensor.is_contiguous(), name,
+      ": wanted contiguous float32 (", numel, ",)");
+  return tensor.mutable_data_ptr<float>();
+}
+
+inline Rows rows_of(int64_t numel, const std::optional<Tensor>& steps, const Tensor& mask, const Tensor& layout) {
+  STD_TORCH_CHECK(
+      mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
+      "mask: wanted contiguous bool (rows,)");
+  STD_TORCH_CHECK(
+      !steps || (steps->scalar_type() == ScalarType::Int && steps->numel() == mask.numel() && steps->is_contiguous()),
+      "steps: wanted contiguous int32 (", mask.numel(), ",)");
+  STD_TORCH_CHECK(
+      layout.scalar_type() == ScalarType::Long && layout.dim() == 2 && layout.size(1) == 4 && layout.is_contiguous() &&
+          layout.size(0) <= std::numeric_limits<int32_t>::max(),
+      "layout: wanted contiguous int64 (lines, 4)");
+  const Rows rows{
+      steps ? steps->mutable_data_ptr<int32_t>() : nullptr, mask.const_data_ptr<bool>(), mask.numel(),
+      layout.const_data_ptr<int64_t>(), layout.size(0)};
+  bool inside = true;  // a wrong layout would write into other people's memory
+  for (const int64_t* at = rows.layout; at != rows.layout + 4 * rows.lines; at += 4) {
+    inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] + at[2] <= rows.num_rows &&
+             at[0] + at[2] * at[3] <= numel;
+  }
+  STD_TORCH_CHECK(inside, "layout: a line reaches beyond data or mask");
+  return rows;
+}
+
+inline int64_t count_active(const bool* mask, int64_t rows) {
+  int64_t count = 0, row = 0;
+  for (; row + 8 <= rows; row += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, mask + row, 8);
+    count += static_cast<int64_t>(eight * 0x0101010101010101u >> 56);  // the sum of the bytes, each 0 or 1
+  }
+  for (; row < rows; ++row) count += mask[row];
+  return count;
+}
+
+// Calls worker(next) on several threads; each takes some of the tasks of kLinesPerTask lines.
+template <class Worker>
+void for_tasks(const Rows& r, int64_t bytes_per_value, const Worker& worker) {
+  int64_t active = 0;
+  for (const int64_t* at = r.layout; at != r.layout + 4 * r.lines; at += 4) {
+    active += count_active(r.mask + at[1], at[2]) * at[3];
+  }
+  fibecfed::parallel_tasks((r.lines + kLinesPerTask - 1) / kLinesPerTask, active * bytes_per_value, worker);
+}
+
+}  // namespace fibecfed
