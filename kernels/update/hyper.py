@@ -21,6 +21,13 @@ def check_sgd(lr: float, momentum: float, dampening: float, weight_decay: float,
         raise ValueError(f"nesterov: {nesterov}, wanted momentum > 0 and dampening 0 with it")
 
 
+def check_positive(**values: float) -> None:
+    """Raise ValueError (TypeError for what is no number) naming the argument that is not > 0; infinity is."""
+    for name, value in values.items():
+        if not _number(name, value) > 0.0:
+            raise ValueError(f"{name}: {value}, wanted {name} > 0")
+
+
 def _not_negative(**values: float) -> None:
     for name, value in values.items():
         if not _number(name, value) >= 0.0:
