@@ -95,16 +95,15 @@ def _check_lr_scale(lr_scale: Tensor) -> None:
 
 
 def _check_apart(tensors: dict[str, Tensor], changed: tuple[str, ...]) -> None:
-    """Refuse a tensor that is changed and lies, in part, where another one lies. Addresses alone are looked at."""
+    """Refuse a tensor that is changed and lies, in part, where another one lies. Addresses alone are looked at; that of
+    an empty tensor is 0."""
     end = end_changed = 0
     last = last_changed = ""
     for start, size, name in sorted((t.data_ptr(), t.nbytes, name) for name, t in tensors.items()):
-        if size == 0:
-            continue
         other = last_changed if start < end_changed else last if name in changed and start < end else None
         if other is not None:
             raise ValueError(f"{name}: shares memory with {other}, wanted tensors that do not overlap")
         if start + size > end:
             end, last = start + size, name
-        if name in changed and start + size > end_changed:
+        if name in changed:
             end_changed, last_changed = start + size, name

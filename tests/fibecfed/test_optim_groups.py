@@ -55,13 +55,15 @@ def test_rows_of_lora_b_and_no_others_learn_faster() -> None:
     flat = pair()
     optimizer = MaskedSGD(flat, lr=0.5, loraplus_lr_ratio=4.0)
     flat.grad.fill_(1.0)
-    before = flat.data.detach().clone()
-    optimizer.step()
-    change = before - flat.data.detach()
-    for entry in flat.entries:
-        rate = 2.0 if entry.name.split(".")[0] in ("lora_B", "lora_embedding_B") else 0.5
-        span = slice(entry.offset, entry.offset + entry.numel)
-        torch.testing.assert_close(change[span], torch.full((entry.numel,), rate))
+    for ratio in (4.0, 0.25, 1.0, 4.0):
+        optimizer.param_groups[0]["loraplus_lr_ratio"] = ratio
+        before = flat.data.detach().clone()
+        optimizer.step()
+        change = before - flat.data.detach()
+        for entry in flat.entries:
+            rate = 0.5 * ratio if entry.name.split(".")[0] in ("lora_B", "lora_embedding_B") else 0.5
+            span = slice(entry.offset, entry.offset + entry.numel)
+            torch.testing.assert_close(change[span], torch.full((entry.numel,), rate))
 
 
 @kinds

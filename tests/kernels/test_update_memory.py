@@ -99,6 +99,7 @@ ALIASES = [
     ("exp_avg", "data", lambda t: t),
     ("exp_avg_sq", "exp_avg", lambda t: t.view(48)),
     ("steps", "data", lambda t: t.view(torch.int32)[:8]),
+    ("steps", "grad", lambda t: t.view(torch.int32)[8:16]),
     ("steps", "exp_avg_sq", lambda t: t.view(torch.int32)[40:]),
     ("mask", "data", lambda t: t.view(torch.bool)[3:11]),
     ("mask", "steps", lambda t: t.view(torch.bool)[24:]),
@@ -146,6 +147,13 @@ def test_a_small_tensor_inside_a_large_one_is_seen_past_others_in_between() -> N
         masked_sgd_(given["data"], given["grad"], None, given["steps"], given["mask"], layout, lr=0.1, grad_scale=scale)
 
 
+def test_a_changed_tensor_is_seen_inside_a_large_one_past_what_may_lie_there() -> None:
+    given = arguments()
+    given["steps"] = given["grad"].view(torch.int32)[16:24]
+    with pytest.raises(ValueError, match="steps: shares memory with grad"):
+        masked_sgd_(**sgd_of(given), lr=0.1, grad_scale=given["grad"][2])
+
+
 def test_what_is_only_read_may_share_memory() -> None:
     given = arguments()
     masked_sgd_(**sgd_of(given), lr=0.1, grad_scale=given["grad"][0])
@@ -153,9 +161,10 @@ def test_what_is_only_read_may_share_memory() -> None:
 
 
 def test_empty_tensors_share_nothing() -> None:
-    state = State(())
-    masked_sgd_(state.data, state.data, None, state.steps, state.mask, state.layout, lr=0.1)
-    assert state.data.numel() == 0
+    state = State(((3, 0),))
+    inside = state.steps.view(torch.float32)[1:1]
+    masked_sgd_(inside, inside, None, state.steps, state.mask, state.layout, lr=0.1)
+    assert (state.steps == 1).all()
 
 
 @pytest.mark.parametrize("name", ["data", "grad", "exp_avg", "exp_avg_sq", "steps", "mask", "layout"])

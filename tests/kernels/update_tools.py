@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import torch
@@ -75,6 +76,21 @@ def flat(tensors) -> Tensor:
 def gradients(numel: int, count: int, seed: int = 7) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(numel, generator=generator) * 10.0 ** (k % 5 - 4) for k in range(count)]
+
+
+def on_the_edge(numel: int, seed: int) -> Tensor:
+    """Gradients whose norm is half-way between two float32s: the last bit of a float64 sum of squares decides."""
+    (grad,) = gradients(numel, 1, seed)
+    grad[-4:] = 0.0
+    squares = [g * g for g in grad.tolist()]
+    norm = 1.001 * math.sqrt(math.fsum(squares))
+    ulp = 2.0 ** (math.frexp(norm)[1] - 24)
+    edge = (math.floor(norm / ulp) + 0.5) * ulp
+    for place in range(-4, 0):  # what is missing in the sum, each time all but a millionth of it
+        grad[place] = math.sqrt(-math.fsum([*squares, -edge * edge])) * (1 - 2e-7)
+        squares.append(float(grad[place]) ** 2)
+    assert math.sqrt(math.fsum(squares)) == edge
+    return grad
 
 
 HYPER = {
