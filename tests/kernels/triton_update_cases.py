@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import Entry, masked_adamw_, masked_grad_norm, masked_sgd_, row_layout
+from fibecfed_kernels._launch import UPDATE_BLOCK
 from fibecfed_kernels.update import reference
 from tests.kernels.oracle import assert_near
 from tests.kernels.triton_cases import DEVICE, FP32, triton_body  # noqa: F401  the fixture is used by every test
@@ -200,6 +201,13 @@ def test_the_norm_is_that_of_the_active_rows_and_has_the_same_bits_again(share: 
     truth = float(state.grad[state.active].double().square().sum().sqrt())
     assert float(norm) == pytest.approx(truth, rel=1e-7, abs=0.0)
     assert torch.equal(norm, masked_grad_norm(state.grad, state.mask, state.layout))
+
+
+def test_more_lines_than_are_summed_at_a_time_are_all_in_the_norm() -> None:
+    layout = row_layout([Entry("p", (UPDATE_BLOCK + 9, 1), 0, 0)], DEVICE, line_numel=1)
+    grad = torch.ones(len(layout), device=DEVICE)
+    grad[-1] = 100.0
+    assert float(masked_grad_norm(grad, grad > 0, layout)) == pytest.approx((UPDATE_BLOCK + 8 + 100.0**2) ** 0.5)
 
 
 def test_the_norm_of_a_buffer_without_values_is_zero() -> None:
