@@ -158,9 +158,14 @@ class Client:
 
     def _optimizer(self, mask: Tensor, lr: float) -> MaskedAdamW | MaskedSGD:
         settings = self.config.train
+        shared = {
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+            "loraplus_lr_ratio": settings.loraplus_lr_ratio,
+        }
         if settings.optimizer == "sgd":
-            return MaskedSGD(self.flat, mask, lr, settings.momentum, weight_decay=settings.weight_decay)
-        return MaskedAdamW(self.flat, mask, lr, settings.betas, weight_decay=settings.weight_decay)
+            return MaskedSGD(self.flat, mask, lr, settings.momentum, **shared)
+        return MaskedAdamW(self.flat, mask, lr, settings.betas, **shared)
 
     def _step(
         self, optimizer: MaskedAdamW | MaskedSGD, samples: np.ndarray, live: bool
@@ -172,8 +177,6 @@ class Client:
             with self.autocast():
                 loss = classification_loss(self.model, batch).mean()
             loss.backward()
-        if self.config.train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([self.flat.data], self.config.train.max_grad_norm)
         optimizer.step()
         return loss.item(), fisher
 

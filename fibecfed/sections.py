@@ -123,7 +123,10 @@ class Train(Section):
     weight_decay: NotNegative = Field(default=0.0, description="decoupled for adamw, added to the gradient for sgd")
     betas: tuple[BelowOne, BelowOne] = Field(default=(0.9, 0.999), strict=False, description="of adamw")
     momentum: BelowOne = Field(default=0.0, description="of sgd")
-    max_grad_norm: Annotated[Positive | None, OrNone] = Field(default=None, description="clip gradients to this norm")
+    max_grad_norm: Annotated[Positive | None, OrNone] = Field(
+        default=None, description="clip the updated rows' gradients to this norm"
+    )
+    loraplus_lr_ratio: Positive = Field(default=1.0, description="LoRA+: LoRA B matrices learn at lr times this")
     group_by_length: bool = Field(
         default=True, description="samples of like length share a batch: less padding (when shuffled)"
     )

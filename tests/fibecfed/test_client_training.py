@@ -111,6 +111,19 @@ def test_gradients_are_clipped_to_the_norm_asked_for(limit: str, length: float |
     assert wanted > 0.01 or length is not None
 
 
+def test_the_clipped_norm_is_of_the_rows_that_move_and_lora_plus_is_passed_on() -> None:
+    sgd = ["train.optimizer=sgd", "train.lr=1.0", "train.batch_size=64", "train.epochs=1"]
+    fed = federation(*PLAIN[1:], *sgd, "train.max_grad_norm=0.001", "train.loraplus_lr_ratio=2.0")
+    client, device = make_client(fed), fed.devices[0]
+    client.score(device)
+    before, mask = fed.flat.data.detach().clone(), client.mask(device)
+    assert not mask.all()
+    client.train(device, 1, 1.0)
+    steps = (fed.flat.data.detach() - before).split([e.numel for e in fed.flat.entries])
+    halved = [d / 2 if "lora_B" in e.name else d for e, d in zip(fed.flat.entries, steps, strict=True)]
+    assert float(torch.cat(halved).norm()) == pytest.approx(0.001, rel=1e-3)
+
+
 def test_only_the_rows_of_the_mask_move_and_are_counted() -> None:
     fed = federation("train.lr=1e-2")
     client, device = make_client(fed), fed.devices[0]
