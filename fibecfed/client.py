@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ class Client:
 
     def _optimizer(self, mask: Tensor, lr: float) -> MaskedAdamW | MaskedSGD:
         settings = self.config.train
-        shared = {
+        shared: dict[str, Any] = {
             "weight_decay": settings.weight_decay,
             "max_grad_norm": settings.max_grad_norm,
             "loraplus_lr_ratio": settings.loraplus_lr_ratio,
