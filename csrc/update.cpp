@@ -23,6 +23,7 @@ using fibecfed::values;
 
 constexpr int64_t kRows = 64;  // looked at together
 constexpr int64_t kAhead = 8;
+constexpr int64_t kShort = 64;  // values of a run that is not foreseen
 
 struct AdamW {
   float decay, lerp_weight, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size, grad_scale;
@@ -94,36 +95,59 @@ int64_t find_runs(
   return end;
 }
 
-// Calls update(runs, number of runs) for all active rows, on several threads.
+// Runs that are updated together; there is room for one more than there can be, since find_runs writes before it knows
+// whether a row is active.
+struct Batch {
+  std::array<Run, 2 * kRows + 1> runs;
+  int64_t found = 0;
+};
+
+// Calls update(batch, the batch after it) for all active rows, on several threads.
 template <class Update>
 void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& update) {
   for_tasks(r, bytes_per_value, [&](const auto& next) {
-    auto own = update;                    // a copy for this thread: it remembers the constants of the steps it met
-    std::array<Run, 2 * kRows + 1> runs;  // one more: find_runs writes before it knows whether a row is active
+    auto own = update;  // a copy for this thread: it remembers the constants of the steps it met
+    std::array<Batch, 2> batches;
+    int now = 0;
+    const auto turn = [&] {
+      own(batches[1 - now], batches[now]);
+      now = 1 - now;
+      batches[now].found = 0;
+    };
     for (int64_t task = next(); task >= 0; task = next()) {
-      int64_t found = 0;
       const int64_t last_line = std::min(r.lines, (task + 1) * kLinesPerTask);
       for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
         const int64_t* const at = r.layout + 4 * line;
         for (int64_t row = 0; row < at[2]; row += kRows) {
-          found = find_runs(
+          Batch& batch = batches[now];
+          batch.found = find_runs(
               r, static_cast<int32_t>(line), at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3],
-              runs.data(), found);
-          if (found > kRows) {
-            own(runs.data(), found);
-            found = 0;
-          }
+              batch.runs.data(), batch.found);
+          if (batch.found > kRows) turn();
         }
       }
-      own(runs.data(), found);
     }
+    turn();
+    turn();
   });
 }
 
-// A run's first values, asked for while earlier runs are updated; long runs are foreseen by the processor itself.
-template <class... Buffers>
-inline void prefetch(int64_t offset, const Buffers*... buffers) {
-  (__builtin_prefetch(buffers + offset, 1), ...);
+// one(run) for the runs of a batch. Rows are as scattered as the mask has them, so that the processor does not foresee
+// them: what the next batch needs is asked for into the second-level cache, as many runs a time as are updated, and what
+// a few runs on need into the first. Long runs are foreseen.
+template <class One, class... Buffers>
+inline void for_runs(const Batch& batch, const Batch& next, const One& one, const Buffers*... buffers) {
+  const auto ask = [&](const Run& run) {
+    if (run.count > kShort) return;
+    for (int64_t i = 0; i < run.count; i += 16) (__builtin_prefetch(buffers + run.offset + i, 0, 2), ...);
+  };
+  const Run *const runs = batch.runs.data(), *const later = next.runs.data();
+  for (int64_t i = batch.found; i < next.found; ++i) ask(later[i]);
+  for (int64_t i = 0; i < batch.found; ++i) {
+    if (i < next.found) ask(later[i]);
+    if (i + kAhead < batch.found) (__builtin_prefetch(buffers + runs[i + kAhead].offset, 1), ...);
+    one(runs[i]);
+  }
 }
 
 void masked_adamw_(
@@ -155,17 +179,15 @@ void masked_adamw_(
     float sqrt_correction2 = 0.0f, minus_step_size = 0.0f, decay = 0.0f;
     double correction1 = 0.0, lr = 0.0;
   };
-  for_active_runs(rows, 28, [=, met = std::array<Correction, 16>{}](const Run* runs, int64_t found) mutable {
-    for (int64_t i = 0; i < found; ++i) {
-      if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g, m, v);
-      const int32_t step = runs[i].step;
-      const double rate = rates.of(runs[i].line);
-      Correction& of = met[step & 15];
-      const bool counted = of.step == step;
+  for_active_runs(rows, 28, [=, met = std::array<Correction, 16>{}](const Batch& batch, const Batch& next) mutable {
+    const auto one = [&](const Run& run) {
+      const double rate = rates.of(run.line);
+      Correction& of = met[run.step & 15];
+      const bool counted = of.step == run.step;
       if (!counted) {
-        of.step = step;
-        of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, step), 0.5));
-        of.correction1 = 1 - std::pow(beta1, step);
+        of.step = run.step;
+        of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, run.step), 0.5));
+        of.correction1 = 1 - std::pow(beta1, run.step);
       }
       if (!counted || of.lr != rate) {
         of.lr = rate;
@@ -175,9 +197,10 @@ void masked_adamw_(
       constants.sqrt_correction2 = of.sqrt_correction2;
       constants.minus_step_size = of.minus_step_size;
       constants.decay = of.decay;
-      const int64_t offset = runs[i].offset;
-      kernel(runs[i].count, constants, p + offset, g + offset, m + offset, v + offset);
-    }
+      const int64_t offset = run.offset;
+      kernel(run.count, constants, p + offset, g + offset, m + offset, v + offset);
+    };
+    for_runs(batch, next, one, p, g, m, v);
   });
 }
 
@@ -199,13 +222,13 @@ void masked_sgd_(
   constants.nesterov = nesterov;
   constants.has_momentum = momentum != 0;
   constants.grad_scale = factor(grad_scale, constants.scaled);
-  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Run* runs, int64_t found) mutable {
-    for (int64_t i = 0; i < found; ++i) {
-      if (i + kAhead < found) prefetch(runs[i + kAhead].offset, p, g);
-      const int64_t offset = runs[i].offset;
-      constants.minus_lr = static_cast<float>(-rates.of(runs[i].line));
-      kernel(runs[i].count, constants, runs[i].step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
-    }
+  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Batch& batch, const Batch& next) mutable {
+    const auto one = [&](const Run& run) {
+      constants.minus_lr = static_cast<float>(-rates.of(run.line));
+      const int64_t offset = run.offset;
+      kernel(run.count, constants, run.step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
+    };
+    for_runs(batch, next, one, p, g);
   });
 }
 
