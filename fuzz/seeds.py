@@ -10,10 +10,11 @@ from random import Random
 
 from tests.attacks import writer
 from tests.attacks.make import ATTACKS
+from tests.attacks.writer import KINDS
+from tests.golden import golden
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "1.0"
-LAYERS = ((1,), (0, 1), ())  # of the receivers in unpack.py: one for each of these and each dtype
-DECODER_CHECKS = 6  # of decoder.cpp, chosen by an input's first byte
+LAYERS = ((1,), (0, 1), ())  # of the receivers in unpack.py: one for each of these and each kind
+DECODER_CHECKS = 7  # of decoder.cpp, chosen by an input's first byte
 EDGES = (  # where rounding, the range or the rule for a row changes
     *(sign * x for sign in (1.0, -1.0) for x in (0.0, 1.0, 1.5, 2.5, 127.0, 2.0**-149, 2.0**-126, 2.0**-133, 2.0**-14)),
     *(float.fromhex(x) for x in ("0x1.fcp-120", "0x1.fbfffep-120", "0x1.fc0002p-120")),  # 127 · 2^-126, and beside it
@@ -24,12 +25,15 @@ EDGES = (  # where rounding, the range or the rule for a row changes
 
 
 def messages() -> Iterator[bytes]:
-    """Of unpack.py: a byte for the plan, and a message: the golden ones, good ones to every plan, and the attacks."""
-    for index, dtype in enumerate(writer.CODES):
-        yield bytes([len(writer.CODES) + index]) + (GOLDEN / f"{dtype}.safetensors").read_bytes()
+    """Of unpack.py: a byte for the plan, and a message: the golden ones, good ones to every plan (sparse ones also of
+    no row and of all), and the attacks."""
+    for index, kind in enumerate(KINDS):
+        yield bytes([len(KINDS) + index]) + golden(kind)
         for place, layers in enumerate(LAYERS):
-            yield bytes([place * len(writer.CODES) + index]) + writer.file(*writer.parts(dtype, layers))
-        yield from (bytes([index]) + attack.message for attack in ATTACKS if attack.dtype == dtype)
+            yield bytes([place * len(KINDS) + index]) + writer.file(*writer.parts(kind, layers))
+        if kind.sparse:
+            yield from (bytes([index]) + writer.file(*writer.parts(kind, rows=rows)) for rows in ((), range(100)))
+        yield from (bytes([index]) + attack.message for attack in ATTACKS if attack.kind == kind)
 
 
 def numbers() -> Iterator[bytes]:
@@ -37,8 +41,8 @@ def numbers() -> Iterator[bytes]:
     random = Random(0)
     edges = struct.pack(f"<{len(EDGES)}f", *EDGES)
     for check in range(DECODER_CHECKS):
-        for dtype in writer.CODES:
-            yield bytes([check, 8]) + (GOLDEN / f"{dtype}.safetensors").read_bytes()
+        for kind in KINDS:
+            yield bytes([check, 8]) + golden(kind)
         yield from (bytes([check, length]) + edges for length in range(40))
         yield from (bytes([check, size % 40]) + random.randbytes(size) for size in (0, 1, 7, 8, 769, 3001, 6145, 8191))
 

@@ -19,10 +19,11 @@ with atheris.instrument_imports(include=["fibecfed_kernels.wire"]):
     import fibecfed_kernels  # noqa: F401
 
 from fuzz.seeds import LAYERS
-from tests.attacks import mutate, writer
+from tests.attacks import mutate
+from tests.attacks.writer import KINDS
 from tests.kernels.wire_tiny import Receiver
 
-RECEIVERS = [Receiver(dtype, layers) for layers in LAYERS for dtype in writer.CODES]
+RECEIVERS = [Receiver(kind, layers) for layers in LAYERS for kind in KINDS]
 
 
 def receiver_of(data: bytes) -> Receiver:

@@ -3,113 +3,41 @@
     python -m tests.attacks.make
 
 A message is right in all but the one thing that its name tells, checksums and seal included where an attacker could
-make them so. The receiver's plan is the tiny adapter's (writer.py) with block 1, in the attack's dtype.
+make them so. The receiver's plan is the tiny adapter's (writer.py) with block 1, of the attack's kind. Here are those
+of version 1.0; since_1_1.py has the others.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .writer import Parts, file, parts, sealed
+from .edits import (
+    A_BYTES,
+    DATA,
+    GAIN,
+    GOOD,
+    HEADER_END,
+    TEXT,
+    A,
+    Attack,
+    B,
+    data_with,
+    float32_bytes,
+    header_with,
+    metadata,
+    no_metadata,
+    overlapping,
+    permuted,
+    tensor,
+    text_with,
+    with_hole,
+)
+from .since_1_1 import ATTACKS_SINCE_1_1
+from .writer import BFLOAT16, FLOAT16, INT8, file, parts
 
 FOLDER = Path(__file__).parent
-A, B = "block.1.lora_A.weight", "block.1.lora_B.weight"
-GAIN = "head.gain"
-A_BYTES = 24  # of A's payload in float32, which starts the data; B's follows
-Header = dict[str, Any]
-GOOD = file(*parts())
-HEADER_END = 8 + int.from_bytes(GOOD[:8], "little")
-TEXT, DATA = GOOD[8:HEADER_END], GOOD[HEADER_END:]
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One file: ``name``.safetensors, the WireError class and field of its refusal, its bytes, its receiver."""
-
-    name: str
-    error: str
-    field: str
-    message: bytes
-    dtype: str = "float32"
-    round: int | None = None  # that the receiver asks for
-
-
-def header_with(edit: Callable[[Header], object], fit: bool = True, dtype: str = "float32") -> bytes:
-    """The good message with its header changed; ``fit``: checksums and seal are made to fit afterwards."""
-    header, data = parts(dtype)
-    edit(header)
-    return file(sealed(header, data) if fit else header, data)
-
-
-def metadata(fit: bool = True, **fields: Any) -> bytes:
-    return header_with(lambda header: header["__metadata__"].update(fields), fit)
-
-
-def no_metadata(key: str) -> bytes:
-    return header_with(lambda header: header["__metadata__"].pop(key), fit=False)
-
-
-def tensor(fit: bool = True, to: str = "float32", **fields: Any) -> bytes:
-    return header_with(lambda header: header[A].update(fields), fit, to)
-
-
-def gain_scale(**fields: Any) -> bytes:
-    """Of int8's one scale of a scalar, the only payload of shape [1]."""
-    return header_with(lambda header: header[f"{GAIN}.scale"].update(fields), dtype="int8")
-
-
-def text_with(old: str, new: str) -> bytes:
-    """The good message with the first ``old`` in its header's text replaced, and padded again."""
-    changed = TEXT.rstrip(b" ").replace(old.encode(), new.encode(), 1)
-    assert old.encode() in TEXT
-    return file(changed + b" " * (-len(changed) % 8), DATA)
-
-
-def data_with(at: int, raw: bytes, fit: bool = True, dtype: str = "float32") -> bytes:
-    """The good message with the data's bytes from ``at`` on replaced by ``raw``."""
-    header, data = parts(dtype)
-    data = data[:at] + raw + data[at + len(raw) :]
-    return file(sealed(header, data) if fit else header, data)
-
-
-def float32_bytes(x: float) -> bytes:
-    return struct.pack("<f", x)
-
-
-def permuted() -> Parts:
-    """A and B have changed places in the data, and the header says so truly."""
-    header, data = parts()
-    header[B]["data_offsets"], header[A]["data_offsets"] = [0, A_BYTES], [A_BYTES, 2 * A_BYTES]
-    data = data[A_BYTES : 2 * A_BYTES] + data[:A_BYTES] + data[2 * A_BYTES :]
-    return sealed(header, data), data
-
-
-def with_hole() -> Parts:
-    """Eight bytes before B that belong to no tensor: room to hide something in."""
-    header, data = parts()
-    for name, info in header.items():
-        if name not in ("__metadata__", A):
-            info["data_offsets"] = [offset + 8 for offset in info["data_offsets"]]
-    data = data[:A_BYTES] + b"\xaa" * 8 + data[A_BYTES:]
-    return sealed(header, data), data
-
-
-def overlapping() -> Parts:
-    """B reads A's bytes again, and the data is shorter by as much."""
-    header, data = parts()
-    for name, info in header.items():
-        if name not in ("__metadata__", A):
-            info["data_offsets"] = [offset - A_BYTES for offset in info["data_offsets"]]
-    data = data[:A_BYTES] + data[2 * A_BYTES :]
-    return sealed(header, data), data
-
-
-EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 INF, NAN = float("inf"), float("nan")
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 
 LENGTH = [
     Attack("empty", "LengthError", "length", b""),
@@ -175,7 +103,7 @@ METADATA = [
     Attack("metadata-not-text", "MetadataError", "metadata.note", metadata(note=[[7]])),
 ]
 SCHEMA = [
-    Attack("other-dtype", "SchemaError", "metadata.dtype", file(*parts("float16"))),
+    Attack("other-dtype", "SchemaError", "metadata.dtype", file(*parts(FLOAT16))),
     Attack("other-layers", "SchemaError", "metadata.layers", file(*parts(layers=(0,)))),
     Attack("other-adapter", "SchemaError", "metadata.schema", file(*parts(identity={"model": "another"}))),
     Attack("no-schema", "SchemaError", "metadata.schema", no_metadata("schema")),
@@ -186,9 +114,15 @@ TENSORS = [
     Attack("unknown-tensor", "NamesError", "'other'", header_with(lambda h: h.update(other=EMPTY), fit=False)),
     Attack("wrong-dtype", "DtypeError", f"{A}.dtype", tensor(dtype="I32")),
     Attack("dtype-in-lower-case", "DtypeError", f"{A}.dtype", tensor(dtype="f32")),
-    Attack("dtype-unsigned", "DtypeError", f"{A}.dtype", tensor(to="int8", dtype="U8"), "int8"),
+    Attack("dtype-unsigned", "DtypeError", f"{A}.dtype", tensor(kind=INT8, dtype="U8"), INT8),
     Attack("wrong-shape", "ShapeError", f"{A}.shape", tensor(shape=[3, 2])),
-    Attack("shape-of-true", "ShapeError", f"{GAIN}.scale.shape", gain_scale(shape=[True]), "int8"),
+    Attack(  # the only payload of shape [1]
+        "shape-of-true",
+        "ShapeError",
+        f"{GAIN}.scale.shape",
+        tensor(kind=INT8, name=f"{GAIN}.scale", shape=[True]),
+        INT8,
+    ),
     Attack("shape-that-overflows", "ShapeError", f"{A}.shape", tensor(shape=[2**62, 4])),
 ]
 OFFSETS = [
@@ -206,29 +140,25 @@ CHECKSUM = [
     Attack("minor-version-changed", "ChecksumError", "metadata.seal", metadata(fit=False, version="1.7")),
     Attack("bad-payload", "ChecksumError", A, data_with(0, b"\x01", fit=False)),
     Attack("bad-last-payload", "ChecksumError", GAIN, data_with(56, b"\x01", fit=False)),
-    Attack("bad-scale", "ChecksumError", f"{A}.scale", data_with(0, b"\x01", False, "int8"), "int8"),
+    Attack("bad-scale", "ChecksumError", f"{A}.scale", data_with(0, b"\x01", False, INT8), INT8),
 ]
 NOT_FINITE = [
     Attack("infinite", "NotFiniteError", A, data_with(4, float32_bytes(-INF))),
     Attack("nan", "NotFiniteError", GAIN, data_with(56, float32_bytes(NAN))),
     Attack("nan-signalling", "NotFiniteError", A, data_with(0, b"\x01\0\x80\x7f")),
-    Attack("infinite-bfloat16", "NotFiniteError", A, data_with(2, b"\x80\x7f", dtype="bfloat16"), "bfloat16"),
-    Attack("nan-float16", "NotFiniteError", A, data_with(2, b"\x01\x7c", dtype="float16"), "float16"),
-    Attack(
-        "int8-scale-infinite", "NotFiniteError", f"{A}.scale", data_with(4, float32_bytes(INF), dtype="int8"), "int8"
-    ),
-    Attack("int8-scale-nan", "NotFiniteError", f"{A}.scale", data_with(0, float32_bytes(NAN), dtype="int8"), "int8"),
-    Attack(
-        "int8-scale-too-large",
-        "NotFiniteError",
-        f"{A}.scale",
-        data_with(0, float32_bytes(3e38), dtype="int8"),
-        "int8",
-    ),
+    Attack("infinite-bfloat16", "NotFiniteError", A, data_with(2, b"\x80\x7f", kind=BFLOAT16), BFLOAT16),
+    Attack("nan-float16", "NotFiniteError", A, data_with(2, b"\x01\x7c", kind=FLOAT16), FLOAT16),
+    Attack("int8-scale-infinite", "NotFiniteError", f"{A}.scale", data_with(4, float32_bytes(INF), kind=INT8), INT8),
+    Attack("int8-scale-nan", "NotFiniteError", f"{A}.scale", data_with(0, float32_bytes(NAN), kind=INT8), INT8),
+    Attack("int8-scale-too-large", "NotFiniteError", f"{A}.scale", data_with(0, float32_bytes(3e38), kind=INT8), INT8),
 ]
 ROUND = [Attack("other-round", "RoundError", "metadata.round", file(*parts(round=5)), round=6)]
 
-ATTACKS = (*LENGTH, *HEADER, *DUPLICATE, *METADATA, *SCHEMA, *TENSORS, *OFFSETS, *CHECKSUM, *NOT_FINITE, *ROUND)
+ATTACKS_OF_1_0 = (
+    *(*LENGTH, *HEADER, *DUPLICATE, *METADATA, *SCHEMA),
+    *(*TENSORS, *OFFSETS, *CHECKSUM, *NOT_FINITE, *ROUND),
+)
+ATTACKS = (*ATTACKS_OF_1_0, *ATTACKS_SINCE_1_1)
 
 
 def main() -> None:

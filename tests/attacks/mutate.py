@@ -27,10 +27,18 @@ NUMBERS = (
     str(2**64),
     "9" * 40,
 )
-TEXTS = ('""', '"1.7"', '"2.0"', '"I8"', '"F32"', '"[0]"', '"0000000000000007"', '"\\ud800"', '"٦"', "[]", "{}", "[[]]")
-FLOATS = (*(struct.pack("<f", x) for x in (float("inf"), float("nan"), -0.0, 3e38, 1e-40)), b"\x80\x7f", b"\0\x7c")
+TEXTS = (
+    *('""', '"1.7"', '"2.0"', '"I8"', '"U8"', '"I32"', '"F32"', '"[0]"', '"0000000000000007"'),
+    *('"\\ud800"', '"٦"', "[]", "{}", "[[]]"),
+)
+WORDS = (
+    *(struct.pack("<f", x) for x in (float("inf"), float("nan"), -0.0, 3e38, 1e-40)),
+    *(struct.pack("<i", row) for row in (-1, 0, 1, 2, 3, 2**31 - 1)),
+    *(b"\x80\x7f", b"\0\x7c"),
+)
 NUMBER = re.compile(rb"(?<=[\[,:])-?\d+(?=[\],}])")
 TEXT = re.compile(rb'(?<=:)"[^"]*"')
+CHECKSUM = re.compile(rb'(?<=:")[0-9a-f]{8}(?=")')  # the base's or the seal
 MEMBER = re.compile(rb'"[^"]*":("[^"]*"|\{[^{}]*\}|\[[^][]*\]),?')
 
 
@@ -66,8 +74,9 @@ def spliced(data: bytes, random: Random, other: bytes) -> bytes:
     return data[: random.randint(0, len(data))] + other[random.randint(0, len(other)) :]
 
 
-def float_placed(data: bytes, random: Random, other: bytes) -> bytes:
-    raw = random.choice(FLOATS)
+def word_placed(data: bytes, random: Random, other: bytes) -> bytes:
+    """A float or a row's number that is no good, or good somewhere else, on a place for one."""
+    raw = random.choice(WORDS)
     at = len(raw) * random.randint(0, len(data) // len(raw))
     return data[:at] + raw + data[at + len(raw) :]
 
@@ -97,8 +106,12 @@ def member_moved(text: bytes, random: Random, other: bytes) -> bytes:
 
 
 ANY = (flipped, inserted, deleted, doubled, spliced)
-IN_HEADER = (*3 * (replaced(NUMBER, NUMBERS), replaced(TEXT, TEXTS), member_moved), *ANY)
-IN_DATA = (*3 * (float_placed,), *ANY)
+IN_HEADER = (
+    *3 * (replaced(NUMBER, NUMBERS), replaced(TEXT, TEXTS), member_moved),
+    replaced(CHECKSUM, ("01234567", "00000000")),
+    *ANY,
+)
+IN_DATA = (*3 * (word_placed,), *ANY)
 
 
 def split(message: bytes) -> tuple[bytes, bytes]:

@@ -1,15 +1,14 @@
-"""Messages of version 1.0, kept as files: read to the bit and written again, byte for byte, by every later library.
+"""Messages of released versions, kept as files: read to the bit and written again by every later library.
 
-tests/golden/1.0/DTYPE.safetensors is the tiny adapter (tests/attacks/writer.py), all layers, round 6, 77 samples,
-written once when 1.0 was new; values.json has what each stands for, {dtype: {name: [float.hex, ...]}}. None of it may
-change.
+tests/golden/VERSION/KIND.safetensors is the tiny adapter (tests/attacks/writer.py), all layers, round 6, 77 samples,
+written once when the version was new; values.json has what each stands for, {kind: {name: [float.hex, ...]}}, and in
+1.1 also "base". None of it may change.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +17,17 @@ from safetensors.torch import load as safetensors_load
 from fibecfed_kernels import Message, aggregate
 from fibecfed_kernels.wire.errors import VersionError
 from tests.attacks import writer
+from tests.attacks.writer import INT4_DELTA_SPARSE, KINDS, OF_1_1, Kind
+from tests.golden import FOLDER, golden
 
-from .wire_tiny import tiny_flat, tiny_plan
-from .wire_tools import values_of
+from .wire_tiny import meant, packed, tiny_base, tiny_flat, tiny_plan
 
-FOLDER = Path(__file__).parents[1] / "golden" / "1.0"
 LAYERS = (0, 1)
-HEXES: dict[str, dict[str, list[str]]] = json.loads((FOLDER / "values.json").read_text())
-DTYPES = tuple(HEXES)
-
-
-def golden(dtype: str) -> bytes:
-    return (FOLDER / f"{dtype}.safetensors").read_bytes()
+Hexes = dict[str, list[str]]
+HEXES: dict[str, dict[str, Hexes]] = {
+    version: json.loads((FOLDER / version / "values.json").read_text()) for version in ("1.0", "1.1")
+}
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 def bits(values: torch.Tensor) -> list[int]:
@@ -37,42 +35,61 @@ def bits(values: torch.Tensor) -> list[int]:
     return values.view(torch.int32).tolist()
 
 
-def wanted(dtype: str) -> torch.Tensor:
+def floats(hexes: Hexes) -> torch.Tensor:
     """The values of all tensors, one after the other, float32."""
-    numbers = [float.fromhex(text) for texts in HEXES[dtype].values() for text in texts]
+    numbers = [float.fromhex(text) for texts in hexes.values() for text in texts]
     return torch.frombuffer(bytearray(struct.pack(f"<{len(numbers)}f", *numbers)), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_golden_messages_are_read_to_the_bit(dtype: str) -> None:
-    plan, into, message = tiny_plan(dtype, LAYERS), tiny_flat(), golden(dtype)
-    assert list(HEXES[dtype]) == list(plan.names)
+def wanted(kind: Kind) -> torch.Tensor:
+    return floats(HEXES[kind.version][kind.name])
+
+
+def test_each_file_is_of_a_kind_and_each_kind_has_its_values() -> None:
+    for version, kept in HEXES.items():
+        names = {kind.name for kind in KINDS if kind.version == version}
+        assert {path.stem for path in (FOLDER / version).glob("*.safetensors")} == names == kept.keys() - {"base"}
+
+
+def test_the_base_is_the_one_that_is_kept() -> None:
+    for kind in OF_1_1:
+        base = tiny_base(kind, LAYERS)
+        assert base is None or bits(base) == bits(floats(HEXES["1.1"]["base"]))
+    sent = HEXES["1.1"][INT4_DELTA_SPARSE.name]
+    assert sent["head.bias"] == HEXES["1.1"]["base"]["head.bias"]  # none of its rows was sent
+
+
+@every_kind
+def test_golden_messages_are_read_to_the_bit(kind: Kind) -> None:
+    plan, into, message, base = tiny_plan(kind, LAYERS), tiny_flat(kind.entries), golden(kind), tiny_base(kind, LAYERS)
+    assert list(HEXES[kind.version][kind.name]) == list(plan.names)
     into.data.fill_(torch.nan)
-    assert plan.load(message, into, round=6) == Message(6, 77)
-    assert bits(into.data) == bits(wanted(dtype))
-    assert bits(values_of(plan.unpack(message), plan)) == bits(wanted(dtype))
-    assert torch.equal(aggregate(plan, [message], [77]), wanted(dtype))  # a sum from +0 has no −0
+    assert plan.load(message, into, round=6, base=base) == Message(6, 77)
+    assert bits(into.data) == bits(wanted(kind))
+    values, _ = meant(plan.unpack(message, base=base), kind, LAYERS)
+    assert bits(values) == bits(wanted(kind))
+    assert torch.equal(aggregate(plan, [message], [77], base=base), wanted(kind))  # a sum from +0 has no −0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_golden_messages_are_written_again_byte_for_byte(dtype: str) -> None:
-    message = tiny_plan(dtype, LAYERS).pack(tiny_flat(), round=6, num_samples=77)
-    assert bytes(message.numpy()) == golden(dtype)
+@every_kind
+def test_golden_messages_are_written_again_byte_for_byte(kind: Kind) -> None:
+    assert packed(kind, LAYERS) == golden(kind)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_second_writer_and_safetensors_agree_with_the_golden_messages(dtype: str) -> None:
-    assert writer.file(*writer.parts(dtype, LAYERS)) == golden(dtype)
-    assert bits(values_of(safetensors_load(golden(dtype)), tiny_plan(dtype, LAYERS))) == bits(wanted(dtype))
+@every_kind
+def test_a_second_writer_and_safetensors_agree_with_the_golden_messages(kind: Kind) -> None:
+    assert writer.file(*writer.parts(kind, LAYERS)) == golden(kind)
+    values, _ = meant(safetensors_load(golden(kind)), kind, LAYERS)
+    assert bits(values) == bits(wanted(kind))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_later_minor_version_is_read_and_another_major_refused(dtype: str) -> None:
-    plan, into = tiny_plan(dtype, LAYERS), tiny_flat()
+@every_kind
+def test_a_later_minor_version_is_read_and_another_major_refused(kind: Kind) -> None:
+    plan, into, base = tiny_plan(kind, LAYERS), tiny_flat(kind.entries), tiny_base(kind, LAYERS)
     into.data.fill_(torch.nan)
-    later = writer.file(*writer.parts(dtype, LAYERS, version="1.7"))
-    assert later != golden(dtype)
-    assert plan.load(later, into, round=6) == Message(6, 77)
-    assert bits(into.data) == bits(wanted(dtype))
+    later = writer.file(*writer.parts(kind, LAYERS, version="1.9"))
+    assert later != golden(kind)
+    assert plan.load(later, into, round=6, base=base) == Message(6, 77)
+    assert bits(into.data) == bits(wanted(kind))
     with pytest.raises(VersionError, match=r"^metadata\.version: 2\.0, this reader knows 1\.x"):
-        plan.read(writer.file(*writer.parts(dtype, LAYERS, version="2.0")))
+        plan.read(writer.file(*writer.parts(kind, LAYERS, version="2.0")), base=base)

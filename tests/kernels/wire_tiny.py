@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -12,24 +13,46 @@ from torch import Tensor
 
 from fibecfed_kernels import Entry, Message, WireError, WirePlan
 from tests.attacks import writer
+from tests.attacks.writer import FLOAT32, Kind
 
-from .wire_tools import Flat, values_of
+from .wire_tools import Flat, coded
 
-TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+TORCH = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
 
 
-def tiny_flat() -> Flat:
+def tiny_flat(entries: writer.Entries = writer.ENTRIES) -> Flat:
     """Its flat buffer, with the values that the writer sends."""
-    entries, offset = [], 0
-    for name, layer, shape in writer.ENTRIES:
-        entries.append(Entry(name, shape, offset, layer))
+    found, offset = [], 0
+    for name, layer, shape in entries:
+        found.append(Entry(name, shape, offset, layer))
         offset += math.prod(shape)
     data = torch.tensor([writer.value(k) for k in range(offset)], dtype=torch.float32)
-    return Flat(data, tuple(entries), writer.IDENTITY)
+    return Flat(data, tuple(found), writer.IDENTITY)
 
 
-def tiny_plan(dtype: str, layers: tuple[int, ...] = (1,)) -> WirePlan:
-    return WirePlan(tiny_flat(), layers, dtype)  # type: ignore[arg-type]
+def tiny_plan(kind: Kind = FLOAT32, layers: tuple[int, ...] = (1,)) -> WirePlan:
+    flat = tiny_flat(kind.entries)
+    return WirePlan(flat, layers, kind.dtype, delta=kind.delta, sparse=kind.sparse)  # type: ignore[arg-type]
+
+
+def tiny_base(kind: Kind, layers: tuple[int, ...] = (1,)) -> Tensor | None:
+    """What a plan's methods take as ``base``."""
+    return torch.tensor(writer.base(kind, layers), dtype=torch.float32) if kind.based else None
+
+
+def packed(kind: Kind, layers: tuple[int, ...] = (1,)) -> bytes:
+    """The library's own message, which is to be the second writer's."""
+    flat = tiny_flat(kind.entries)
+    mask = torch.tensor([row in writer.ROWS for row in range(sum(e.rows for e in flat.entries))])
+    base, rows = tiny_base(kind, layers), mask if kind.sparse else None
+    return bytes(tiny_plan(kind, layers).pack(flat, round=6, num_samples=77, base=base, rows=rows).numpy())
 
 
 def decoded(message: bytes) -> tuple[Message, dict[str, Tensor]]:
@@ -40,8 +63,30 @@ def decoded(message: bytes) -> tuple[Message, dict[str, Tensor]]:
     found = {}
     for name, info in header.items():
         start, stop = info["data_offsets"]
-        found[name] = torch.frombuffer(bytearray(data[start:stop]), dtype=TORCH[info["dtype"]]).view(info["shape"])
+        raw, dtype = bytearray(data[start:stop]), TORCH[info["dtype"]]
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        found[name] = flat.view(info["shape"])
     return Message(int(metadata["round"]), int(metadata["num_samples"])), found
+
+
+def meant(tensors: Mapping[str, Tensor], kind: Kind, layers: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
+    """What the tensors of a message stand for: the values, float32, and what they add to a sum, float64."""
+    values, added = [], []
+    for name, shape, _, own, _ in writer.tensors(kind, layers):
+        count = shape[0] if shape else 1
+        rows = tensors[f"{name}.rows"].long() if kind.sparse else torch.arange(count)
+        base = torch.tensor(own, dtype=torch.float32).view(count, -1)
+        sent = coded(tensors, name, kind.dtype, len(rows) * base.shape[1]).view(len(rows), base.shape[1])
+        whole, sum = base.clone(), torch.zeros(base.shape, dtype=torch.float64)
+        if not kind.based:
+            whole, sum = sent, sent.double()
+        elif kind.delta:
+            whole[rows], sum[rows] = base[rows] + sent, sent.double()
+        else:
+            whole[rows], sum[rows] = sent, sent.double() - base[rows].double()
+        values.append(whole.flatten())
+        added.append(sum.flatten())
+    return torch.cat(values), torch.cat(added)
 
 
 def is_safetensors(message: bytes) -> bool:
@@ -55,9 +100,10 @@ def is_safetensors(message: bytes) -> bool:
 class Receiver:
     """One plan, and a buffer that messages are loaded into."""
 
-    def __init__(self, dtype: str, layers: tuple[int, ...] = (1,)) -> None:
-        self.dtype, self.plan, self.into = dtype, tiny_plan(dtype, layers), tiny_flat()
-        self.good = writer.file(*writer.parts(dtype, layers))
+    def __init__(self, kind: Kind, layers: tuple[int, ...] = (1,)) -> None:
+        self.kind, self.layers = kind, layers
+        self.plan, self.into, self.base = tiny_plan(kind, layers), tiny_flat(kind.entries), tiny_base(kind, layers)
+        self.good = writer.file(*writer.parts(kind, layers))
 
     def check(self, message: bytes) -> WireError | None:
         """Send ``message`` to every door, and return the refusal, None if it was accepted.
@@ -66,12 +112,18 @@ class Receiver:
         each door gives the values that it holds, all finite. Otherwise this is an AssertionError; an error that is none
         of the wire's own is not caught.
         """
-        plan, data = self.plan, self.into.data.fill_(0.5)
+        plan, data, base = self.plan, self.into.data.fill_(0.5), self.base
         sum = torch.zeros(plan.numel, dtype=torch.float64)
         refusals = []
-        for door in (plan.read, plan.unpack, lambda m: plan.load(m, self.into), lambda m: plan.add_(sum, m, 1.0)):
+        doors = (
+            lambda: plan.read(message, base=base),
+            lambda: plan.unpack(message, base=base),
+            lambda: plan.load(message, self.into, base=base),
+            lambda: plan.add_(sum, message, 1.0, base=base),
+        )
+        for door in doors:
             try:
-                door(message)
+                door()
             except WireError as error:
                 refusals.append(error)
         if not refusals:
@@ -86,10 +138,11 @@ class Receiver:
     def _check_values(self, message: bytes, sum: Tensor) -> None:
         plan, (said, tensors) = self.plan, decoded(message)
         assert is_safetensors(message), "accepted, though it is no safetensors file"
-        wanted = values_of(tensors, plan)
+        wanted, added = meant(tensors, self.kind, self.layers)
         assert wanted.isfinite().all(), "accepted, though a value is not finite"
-        assert plan.read(message) == said
+        assert plan.read(message, base=self.base) == said
         assert torch.equal(plan.gather(self.into), wanted), "load gives other values than the bytes"
-        assert torch.equal(sum.float(), wanted), "add_ gives other values than the bytes"
-        unpacked = plan.unpack(message)
+        assert torch.equal(sum, added), "add_ gives other values than the bytes"
+        unpacked = plan.unpack(message, base=self.base)
+        assert unpacked.keys() == tensors.keys()
         assert all(torch.equal(unpacked[name], tensor) for name, tensor in tensors.items())

@@ -55,18 +55,21 @@ def make_flat(shapes: Shapes = SHAPES, seed: int = 0, spread: float = 1.0) -> Fl
 
 def values_of(tensors: Mapping[str, Tensor], plan: WirePlan) -> Tensor:
     """The values that an unpacked message stands for, float32, in the plan's order."""
-    parts, numel = [], {part.name: part.numel for part in plan._frame.parts}
-    for name in plan.names:
-        value = tensors[name].float()
-        if plan.dtype == "int4":
-            both, scale = tensors[name].int(), tensors[f"{name}.scale"]
-            value = torch.stack([both & 15, both >> 4], 1).flatten()
-            value = ((value ^ 8) - 8).float()[: numel[name]] * scale.repeat_interleave(64)[: numel[name]]
-        elif plan.dtype == "int8":
-            scale = tensors[f"{name}.scale"]
-            value = value.view(len(scale), -1) * scale[:, None] if value.numel() else value
-        parts.append(value.flatten())
+    parts = [coded(tensors, part.name, plan.dtype, part.numel) for part in plan._frame.parts]
     return torch.cat(parts) if parts else torch.empty(0)
+
+
+def coded(tensors: Mapping[str, Tensor], name: str, dtype: str, numel: int) -> Tensor:
+    """The ``numel`` values that one tensor of a message carries, float32."""
+    value = tensors[name].float()
+    if dtype == "int4":
+        both, scale = tensors[name].int(), tensors[f"{name}.scale"]
+        value = torch.stack([both & 15, both >> 4], 1).flatten()
+        value = ((value ^ 8) - 8).float()[:numel] * scale.repeat_interleave(64)[:numel]
+    elif dtype == "int8":
+        scale = tensors[f"{name}.scale"]
+        value = value.view(len(scale), -1) * scale[:, None] if value.numel() else value
+    return value.flatten()
 
 
 def split(message: Tensor) -> tuple[dict[str, Any], bytes]:
