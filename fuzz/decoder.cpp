@@ -107,26 +107,38 @@ void check_float32(const std::vector<uint8_t>& bytes) {
   for (size_t i = 0; i < x.size(); ++i) require(same(back[i], x[i]), "float32 stays as it is");
 }
 
-void check_row(const float* x, const int8_t* q, float scale, size_t length) {
+// Whether q and scale are what x is sent as, when |q| goes up to `levels`.
+void check_line(const float* x, const int8_t* q, float scale, size_t length, int levels) {
   float most = 0;
   bool finite = true;
   for (size_t i = 0; i < length; ++i) {
     finite = finite && std::isfinite(x[i]);
     most = std::max(most, std::abs(x[i]));
   }
-  if (!finite) return require(!std::isfinite(scale), "a row that is not finite has a scale that is not");
-  const bool zero = most < 127 * std::ldexp(1.0, -126);
-  require(scale == (zero ? 0.0f : most / 127.0f), "a scale is the row's maximum over 127");
+  if (!finite) return require(!std::isfinite(scale), "a line that is not finite has a scale that is not");
+  const bool zero = most < levels * std::ldexp(1.0, -126);
+  require(scale == (zero ? 0.0f : most / static_cast<float>(levels)), "a scale is the line's maximum over the levels");
   for (size_t i = 0; i < length; ++i) {
-    require(q[i] >= -127, "a number is within 127");
+    require(std::abs(int{q[i]}) <= levels, "a number is within the levels");
     if (zero)
-      require(q[i] == 0, "a row of tiny values is all zeros");
+      require(q[i] == 0, "a line of tiny values is all zeros");
     else if (scale < std::ldexp(1.0f, 121))  // or it is not sent
       require(std::abs(double{x[i]} - double{q[i] * scale}) <= scale * (0.5 + 1e-4), "the error is at most s / 2");
   }
 }
 
-// Rows of `length` values. decode and add are compared with one multiplication a value.
+// Whether `back` and `sum` are what numbers and scales are decoded as, and what 0.75 times that adds to 0.25.
+void check_multiples(const std::vector<int8_t>& q, const std::vector<float>& scale, size_t length,
+                     const std::vector<float>& back, const std::vector<double>& sum) {
+  for (size_t i = 0; i < q.size(); ++i) {
+    const float wanted = static_cast<float>(q[i]) * scale[i / length];
+    require(same(back[i], wanted), "a number is decoded as its scale's multiple");
+    const double added = 0.25 + 0.75 * double{wanted};
+    require(sum[i] == added || (std::isnan(sum[i]) && std::isnan(added)), "a sum grows by weight times value");
+  }
+}
+
+// Rows of `length` values.
 void check_int8(size_t length, const std::vector<uint8_t>& bytes) {
   const auto x = read_as<float>(bytes.data(), bytes.size());
   const size_t rows = length ? x.size() / length : std::min(x.size(), size_t{3}), n = rows * length;
@@ -134,7 +146,7 @@ void check_int8(size_t length, const std::vector<uint8_t>& bytes) {
   std::vector<int8_t> q(n);
   std::vector<float> scale(rows), back(n);
   wire::quantize_rows(lines.data(), q.data(), scale.data(), rows, length);
-  for (size_t r = 0; r < rows; ++r) check_row(lines.data() + r * length, q.data() + r * length, scale[r], length);
+  for (size_t r = 0; r < rows; ++r) check_line(lines.data() + r * length, q.data() + r * length, scale[r], length, 127);
   // what a message says, and no sender would: any scales, any numbers
   const auto any = read_as<int8_t>(bytes.data(), n);
   const std::vector<float> scales(x.begin(), x.begin() + rows);
@@ -142,12 +154,41 @@ void check_int8(size_t length, const std::vector<uint8_t>& bytes) {
     std::vector<double> sum(n, 0.25);
     wire::dequantize_rows(numbers.data(), s.data(), back.data(), rows, length);
     wire::add_rows(numbers.data(), s.data(), sum.data(), rows, length, 0.75);
-    for (size_t i = 0; i < n; ++i) {
-      const float wanted = static_cast<float>(numbers[i]) * s[i / length];
-      require(same(back[i], wanted), "a number is decoded as its scale's multiple");
-      const double added = 0.25 + 0.75 * double{wanted};
-      require(sum[i] == added || (std::isnan(sum[i]) && std::isnan(added)), "a sum grows by weight times value");
+    check_multiples(numbers, s, length, back, sum);
+  }
+}
+
+// The numbers in half bytes, line by line, each of which starts a new byte.
+std::vector<int8_t> slow_halves(const std::vector<uint8_t>& w, size_t rows, size_t length) {
+  std::vector<int8_t> q;
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t i = 0; i < length; ++i) {
+      const uint8_t byte = w[r * ((length + 1) / 2) + i / 2];
+      const int half = i % 2 ? byte / 16 : byte % 16;
+      q.push_back(static_cast<int8_t>(half < 8 ? half : half - 16));
     }
+  }
+  return q;
+}
+
+// Blocks of 64 values, as many as there are, or a shorter one alone.
+void check_int4(size_t length, const std::vector<uint8_t>& bytes) {
+  const auto x = read_as<float>(bytes.data(), bytes.size());
+  const size_t rows = length == 64 ? x.size() / length : x.size() >= length, n = rows * length;
+  const std::vector<float> lines(x.begin(), x.begin() + n);
+  std::vector<uint8_t> w(rows * ((length + 1) / 2), 0xAA);
+  std::vector<float> scale(rows), back(n);
+  wire::quantize_blocks(lines.data(), w.data(), scale.data(), rows, length);
+  const std::vector<int8_t> q = slow_halves(w, rows, length);
+  for (size_t r = 0; r < rows; ++r) check_line(lines.data() + r * length, q.data() + r * length, scale[r], length, 7);
+  if (rows && length % 2) require(w.back() < 16, "the half byte after the last number is 0");
+  const auto any = read_as<uint8_t>(bytes.data(), w.size());  // as above
+  const std::vector<float> scales(x.begin(), x.begin() + rows);
+  for (const auto& [halves, s] : {std::pair{w, scale}, std::pair{any, scales}}) {
+    std::vector<double> sum(n, 0.25);
+    wire::dequantize_blocks(halves.data(), s.data(), back.data(), rows, length);
+    wire::add_blocks(halves.data(), s.data(), sum.data(), rows, length, 0.75);
+    check_multiples(slow_halves(halves, rows, length), s, length, back, sum);
   }
 }
 
@@ -170,13 +211,14 @@ void check_finite(const std::vector<uint8_t>& bytes) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 2) return 0;
   const std::vector<uint8_t> bytes(data + 2, data + size);
-  switch (data[0] % 6) {
+  switch (data[0] % 7) {
     case 0: check_crc(data[1], bytes); break;
     case 1: check_half<wire::BFloat16>(bytes, 7, 127, std::ldexp(255.0, 120)); break;
     case 2: check_half<wire::Float16>(bytes, 10, 15, 65504.0); break;
     case 3: check_float32(bytes); break;
     case 4: check_int8(data[1] % 40, bytes); break;
-    default: check_finite(bytes);
+    case 5: check_finite(bytes); break;
+    default: check_int4(data[1] % 2 ? 64 : 1 + data[1] / 2 % 63, bytes);
   }
   return 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ DECODER_CHECKS = 7  # of decoder.cpp, chosen by an input's first byte
 EDGES = (  # where rounding, the range or the rule for a row changes
     *(sign * x for sign in (1.0, -1.0) for x in (0.0, 1.0, 1.5, 2.5, 127.0, 2.0**-149, 2.0**-126, 2.0**-133, 2.0**-14)),
     *(float.fromhex(x) for x in ("0x1.fcp-120", "0x1.fbfffep-120", "0x1.fc0002p-120")),  # 127 · 2^-126, and beside it
+    *(float.fromhex(x) for x in ("0x1.cp-124", "0x1.bffffep-124", "0x1.c00002p-124")),  # 7 · 2^-126, and beside it
     *(65504.0, 65519.0, 65520.0, 2.0**-24, 2.0**-25, float.fromhex("0x1.8p-25"), float.fromhex("0x1.000002p-25")),
     *(float.fromhex(x) for x in ("0x1.fep127", "0x1.fefffep127", "0x1.ffp127", "0x1.fffffep127")),
     *(float("inf"), float("-inf"), float("nan")),
@@ -36,6 +38,13 @@ def messages() -> Iterator[bytes]:
         yield from (bytes([index]) + attack.message for attack in ATTACKS if attack.kind == kind)
 
 
+def blocks(random: Random) -> Iterator[bytes]:
+    """Two blocks of 64 values, and two values more, none beyond the first one, which is an edge."""
+    for most in EDGES:
+        if math.isfinite(most):
+            yield struct.pack("<130f", most, *(most * random.randint(-(2**24), 2**24) / 2**24 for _ in range(129)))
+
+
 def numbers() -> Iterator[bytes]:
     """Of decoder.cpp: a byte for the check, one for its parameter, and golden data, edges or noise, up to 8 KiB."""
     random = Random(0)
@@ -44,6 +53,7 @@ def numbers() -> Iterator[bytes]:
         for kind in KINDS:
             yield bytes([check, 8]) + golden(kind)
         yield from (bytes([check, length]) + edges for length in range(40))
+        yield from (bytes([check, 63]) + data for data in blocks(random))
         yield from (bytes([check, size % 40]) + random.randbytes(size) for size in (0, 1, 7, 8, 769, 3001, 6145, 8191))
 
 

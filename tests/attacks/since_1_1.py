@@ -138,7 +138,7 @@ COUNTS = [
     Attack("rows-of-64-bits", "DtypeError", f"{A}.rows.dtype", resized(SPARSE, f"{A}.rows", [1], 8, "I64"), SPARSE),
     Attack("rows-unsigned", "DtypeError", f"{A}.rows.dtype", tensor(True, SPARSE, f"{A}.rows", dtype="U32"), SPARSE),
 ]
-KINDS = [
+OTHER_KINDS = [
     Attack("delta-to-a-plain-plan", "SchemaError", "metadata.schema", file(*parts(Kind(delta=True))), FLOAT32),
     Attack("sparse-to-a-plain-plan", "SchemaError", "metadata.schema", file(*parts(Kind(sparse=True))), FLOAT32),
     Attack("delta-to-a-plain-plan-int8", "SchemaError", "metadata.schema", file(*parts(Kind("int8", True))), INT8),
@@ -211,4 +211,4 @@ LENGTH = [
     Attack("sparse-row-cut", "LengthError", "length", file(*parts(SPARSE))[:-180], SPARSE),  # the last row of the last
 ]
 
-ATTACKS_SINCE_1_1 = (*BASE, *ROWS, *COUNTS, *KINDS, *INT4_LENGTHS, *NOT_FINITE, *LENGTH)
+ATTACKS_SINCE_1_1 = (*BASE, *ROWS, *COUNTS, *OTHER_KINDS, *INT4_LENGTHS, *NOT_FINITE, *LENGTH)
