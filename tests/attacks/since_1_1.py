@@ -91,6 +91,8 @@ ROWS = [
     Attack("rows-descend", "RowsError", f"{B}.rows", rows(B, 2, 0), SPARSE),
     Attack("rows-twice", "RowsError", f"{B}.rows", rows(B, 2, 2), SPARSE),
     Attack("rows-negative", "RowsError", f"{B}.rows", rows(B, -1, 2), SPARSE),
+    Attack("rows-negative-where-none-came-before", "RowsError", f"{A}.rows", rows(A, -1), SPARSE),
+    Attack("rows-of-a-tensor-that-sends-none", "RowsError", f"{GAIN}.rows", rows(GAIN, -1), SPARSE),
     Attack("rows-most-negative", "RowsError", f"{B}.rows", rows(B, -(2**31), 2), SPARSE),
     Attack("rows-beyond", "RowsError", f"{B}.rows", rows(B, 0, 3), SPARSE),
     Attack("rows-far-beyond", "RowsError", f"{B}.rows", rows(B, 0, 2**31 - 1), SPARSE),
