@@ -193,13 +193,20 @@ def payloads(kind: Kind, layers: Iterable[int], rows: Collection[int] = ROWS) ->
     return [numbered(tensor.name, tensor.rows) for tensor in sent] + scales + values
 
 
+def remainder(crc: int) -> int:
+    """One byte of CRC32C (RFC 3720), bit by bit."""
+    for _ in range(8):
+        crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
+
+
+REMAINDERS = [remainder(byte) for byte in range(256)]
+
+
 def crc32c(data: bytes) -> int:
-    """CRC32C (RFC 3720), bit by bit."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        crc = crc >> 8 ^ REMAINDERS[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
 
 

@@ -86,10 +86,11 @@ def allocated(message: bytes, kind: Kind) -> tuple[int, int]:
     refused()  # what is made once, and stays
     with profile(profile_memory=True) as profiled:
         refused()
+    ours = sum(max(0, e.self_cpu_memory_usage) for e in profiled.events())
     tracemalloc.start()
     try:
         refused()
-        return tracemalloc.get_traced_memory()[1], sum(max(0, e.self_cpu_memory_usage) for e in profiled.events())
+        return tracemalloc.get_traced_memory()[1], ours
     finally:
         tracemalloc.stop()
 
