@@ -48,7 +48,7 @@ uint32_t slow_crc(const uint8_t* p, size_t n) {
 // The same in one piece and in any pieces, by every version that this processor can run.
 void check_crc(uint8_t step, const std::vector<uint8_t>& bytes) {
   const uint32_t wanted = slow_crc(bytes.data(), bytes.size());
-  for (const wire::Update update : {wire::best_update(), wire::update_portable}) {
+  for (const wire::Update update : wire::updates()) {
     require(~update(0xFFFFFFFF, bytes.data(), bytes.size()) == wanted, "a CRC in one piece is that of its bits");
     uint32_t crc = 0xFFFFFFFF;
     size_t at = 0, n = step;

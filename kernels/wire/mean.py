@@ -84,7 +84,7 @@ def aggregate(
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
     sum.div_(total)
-    return (sum if of.values is None else sum.add_(of.on(sum.device))).float()
+    return sum.float() if of.values is None else plan._relation.finite(sum.add_(of.on(sum.device)).float())
 
 
 def _next_weight(shares: Iterator[float], index: int) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..layout import Entry
 from .arguments import check_values
 from .digest import crc32c_of
-from .frame import Frame
+from .errors import NotFiniteError
+from .frame import Frame, running
 from .header import Agreed
 from .rows import Rows
 
@@ -82,15 +83,25 @@ class Relation:
         residual.copy_(values)
 
     def values(self, decoded: Tensor, rows: Tensor | None, base: Base) -> Tensor:
-        """The adapter's values, float32 (numel,), from what a message carries."""
-        if base.values is None:
-            return decoded
+        """The adapter's values, float32 (numel,), from what a message carries, relative to a base.
+
+        Raises NotFiniteError where base and difference together are beyond float32.
+        """
         own = base.on(decoded.device)
         if self.rows is None or rows is None:
-            return own + decoded
+            return self.finite(own + decoded)
         positions, result = self.rows.positions(rows).to(decoded.device), own.clone()
         result[positions] = own[positions] + decoded if self.delta else decoded
-        return result
+        return self.finite(result)
+
+    def finite(self, values: Tensor) -> Tensor:
+        """``values``, float32 (numel,). Raises NotFiniteError, with the parameter's name, unless they are finite."""
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            ends = running([p.numel for p in self.frame.parts], last=True)[1:]
+            name = next(p.name for p, end in zip(self.frame.parts, ends, strict=True) if int(bad[0]) < end)
+            raise NotFiniteError(name, "an infinite value or NaN in the base, or in the sum of base and difference")
+        return values
 
     def add_(self, sum: Tensor, decoded: Tensor, rows: Tensor | None, base: Base, weight: float) -> None:
         """sum += weight · (value − base), float64; where the message is relative to nothing, weight · value."""

@@ -202,8 +202,10 @@ def test_the_checksum_is_the_same_by_every_version(tmp_path: Path) -> None:
         int main() {
           static uint8_t bytes[9000];
           for (int i = 0; i < 9000; ++i) bytes[i] = static_cast<uint8_t>(i * i >> 3);
-          for (auto update : wire::updates()) for (int start : {0, 1, 3}) for (int n = 0; n < 8990; n += n < 1300 ? 1 : 97)
-            if (wire::update_portable(~0u - n, bytes + start, n) != update(~0u - n, bytes + start, n)) return 1;
+          for (auto update : wire::updates())
+            for (int start : {0, 1, 3})
+              for (int n = 0; n < 8990; n += n < 1300 ? 1 : 97)
+                if (wire::update_portable(~0u - n, bytes + start, n) != update(~0u - n, bytes + start, n)) return 1;
           std::printf("%08x", ~wire::update_portable(~0u, reinterpret_cast<const uint8_t*>("123456789"), 9));
         }""")
     subprocess.run([compiler, "-std=c++20", "-O1", f"-I{CSRC}", source, "-o", tmp_path / "main"], check=True)

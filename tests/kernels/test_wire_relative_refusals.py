@@ -171,3 +171,20 @@ def test_no_message_that_is_accepted_is_longer_than_max_bytes_of_the_plan() -> N
     assert plan.read(padded, base=base, max_bytes=plan.max_bytes) == Message(6, 77)
     assert plan.max_bytes - len(padded) < plan._frame.header.data_nbytes + 8
     assert header["__metadata__"]["version"] == "1.1"
+
+
+@pytest.mark.parametrize("kind", [{"delta": True}, {"delta": True, "sparse": True}])
+def test_a_sum_of_base_and_difference_beyond_float32_is_refused(kind: dict[str, bool]) -> None:
+    plan, _, _ = small("bfloat16", **kind)
+    flat, into = make_flat(SMALL), make_flat(SMALL, seed=1)
+    flat.data[0] = 3.4025e38
+    base = torch.zeros(plan.numel)
+    base[0] = 1.65e36  # the difference is rounded up to bfloat16's largest
+    rows = {"rows": torch.ones(10, dtype=torch.bool)} if plan.sparse else {}
+    message = plan.pack(flat, round=0, num_samples=1, base=base, **rows)
+    kept = into.data.clone()
+    for use in (lambda: plan.load(message, into, base=base), lambda: aggregate(plan, [message], base=base)):
+        with pytest.raises(errors.NotFiniteError, match="in the sum of base and difference") as caught:
+            use()
+        assert caught.value.field == NAME
+    assert torch.equal(into.data, kept)
