@@ -27,6 +27,7 @@ class Server:
         self.down, self.up = WirePlan(flat, gal, wire.down), WirePlan(flat, gal, wire.dtype, delta=wire.delta)
         self.values = self.down.gather(flat)
         self.base: Tensor | None = None
+        self._accumulator = torch.empty(self.values.numel(), dtype=torch.float64, device=self.values.device)
         self._flat = flat
         self._seed = seed
 
@@ -61,8 +62,9 @@ class Server:
                 uploads,
                 weights,
                 round=round_,
-                device=self.values.device,
                 base=self.base,
+                accumulator=self._accumulator,
+                device=self._accumulator.device,
                 on_refused=lambda place, error: refused.__setitem__(place, f"{error.field}: {error.problem}"),
             )
         except CountError as error:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .arguments import Buffer, checked_weight
+from .arguments import Buffer, check_values, checked_weight
 from .errors import CountError, WireError
 from .plan import WirePlan
+
+CHUNK = 1 << 17  # values divided and rounded while they are in a cache
 
 
 def aggregate(
@@ -21,6 +23,8 @@ def aggregate(
     device: torch.device | str = "cpu",
     base: Tensor | None = None,
     max_bytes: int | None = None,
+    accumulator: Tensor | None = None,
+    out: Tensor | None = None,
     on_refused: Callable[[int, WireError], None] | None = None,
 ) -> Tensor:
     """Mean of the messages' values, Σ w_i v_i / Σ w_i, float32 (plan.numel,), in the order of ``plan.names``.
@@ -38,6 +42,9 @@ def aggregate(
         base: what the messages of a delta or sparse plan are relative to; the mean is then base + Σ w_i (v_i − base) /
             Σ w_i, where a row that a message does not carry counts with its value in the base.
         max_bytes: a longer message is refused before it is looked at.
+        accumulator: float64 (plan.numel,), overwritten, and out: float32 (plan.numel,), filled and returned, both
+            contiguous and on one device, which is then that of the sum. Who averages again and again keeps them: the
+            first touch of new memory can cost as much as the sum itself.
         on_refused: called with the index and the reason of each message that is refused, which is then left out of the
             mean, weight and all. None: the first one ends it. A given weight that is out of range ends it all the same.
 
@@ -57,7 +64,7 @@ def aggregate(
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     of = plan._relation.base(base)
-    sum = torch.zeros(plan.numel, dtype=torch.float64, device=device)
+    sum = _sum_of(plan, accumulator, out, device)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)
     while True:  # not zip or enumerate: they would keep a message alive while the next one is made
@@ -83,8 +90,28 @@ def aggregate(
         raise CountError("buffers", "no messages, wanted at least one")
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
-    sum.div_(total)
-    return sum.float() if of.values is None else plan._relation.finite(sum.add_(of.on(sum.device)).float())
+    mean = torch.empty(plan.numel, device=sum.device) if out is None else out
+    parts = [sum, mean] if of.values is None else [sum, mean, of.on(sum.device)]
+    for part, rounded, *base_part in zip(*(part.split(CHUNK) for part in parts), strict=True):
+        part /= total
+        for values in base_part:
+            part += values
+        rounded.copy_(part)
+    return mean if of.values is None else plan._relation.finite(mean)
+
+
+def _sum_of(plan: WirePlan, accumulator: Tensor | None, out: Tensor | None, device: torch.device | str) -> Tensor:
+    """Where the sum is held, all zeros."""
+    if accumulator is not None:
+        check_values("accumulator", accumulator, torch.float64, plan.numel)
+    if out is not None:
+        check_values("out", out, torch.float32, plan.numel)
+        if accumulator is not None and accumulator.device != out.device:
+            raise ValueError(f"accumulator: on {accumulator.device}, wanted {out.device}, where out is")
+        device = out.device
+    if accumulator is None:
+        return torch.zeros(plan.numel, dtype=torch.float64, device=device)
+    return accumulator.detach().zero_()
 
 
 def _next_weight(shares: Iterator[float], index: int) -> float:

@@ -99,7 +99,7 @@ class Checked:
         return None if provider.error is None else provider.error(found)
 
 
-OURS = ["fibecfed float32", "fibecfed bfloat16", "fibecfed int8"]
+OURS = ["fibecfed float32", "fibecfed bfloat16", "fibecfed int8", "fibecfed int4"]
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -107,7 +107,8 @@ def test_who_packs_and_who_loads(every: int) -> None:
     checked = Checked()
     suite.test_pack(checked, CPU, TINY, every)  # type: ignore[arg-type]
     assert list(checked.errors) == [*OURS, *INSTALLED, "memcpy, no message"]
-    assert [name for name, error in checked.errors.items() if error is None] == ["fibecfed int8", "memcpy, no message"]
+    unchecked = [name for name, error in checked.errors.items() if error is None]
+    assert unchecked == ["fibecfed int8", "fibecfed int4", "memcpy, no message"]
     bytes_moved = 8 * sum(e.numel for e in TINY.entries) // every
     assert checked.work == Work("wire: pack", f"tiny r=2, {suite.SHARES[every]}", torch.float32, bytes_moved)
     suite.test_load(checked, CPU, TINY, every)  # type: ignore[arg-type]
@@ -129,5 +130,6 @@ def test_who_averages() -> None:
     checked = Checked()
     suite.test_aggregate(checked, CPU, TINY)  # type: ignore[arg-type]
     flower = ["Flower, pull + FedAvg", "Flower, FedAvg of what was pulled"] if len(INSTALLED) > 2 else []
-    assert list(checked.errors) == ["fibecfed", "safetensors.torch.load + add_ by tensor", *flower]
+    ours = ["fibecfed", "fibecfed, new memory"]
+    assert list(checked.errors) == [*ours, "safetensors.torch.load + add_ by tensor", *flower]
     assert None not in checked.errors.values()

@@ -173,3 +173,17 @@ def test_without_weights_they_are_the_messages_sample_counts(dtype: str) -> None
     refused: list[int] = []
     assert torch.equal(mean, aggregate(plan, [nobody, *messages], on_refused=lambda i, _: refused.append(i)))
     assert refused == [0]
+
+
+def test_memory_that_is_kept_is_filled_and_what_does_not_fit_is_refused() -> None:
+    plan, messages = messages_of("bfloat16", 3)
+    wanted = aggregate(plan, messages)
+    sum, out = torch.full((plan.numel,), math.nan, dtype=torch.float64), torch.full((plan.numel,), math.nan)
+    for _ in range(2):
+        assert aggregate(plan, messages, accumulator=sum, out=out) is out
+        assert torch.equal(out, wanted)
+    assert torch.equal(aggregate(plan, messages, accumulator=sum), wanted)
+    assert torch.equal(aggregate(plan, messages, out=out.fill_(math.nan)), wanted)
+    for name, bad in (("accumulator", out), ("accumulator", sum[1:]), ("out", sum), ("out", out[1:])):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            aggregate(plan, messages, **{name: bad})
