@@ -42,21 +42,6 @@ LARGEST_SCALE = 2.0**121  # scales are below it, so that what they scale is fini
 LEVELS = {"int8": 127, "int4": 7}
 
 
-class Part(NamedTuple):
-    """What of one parameter travels: in a sparse message only ``shape[0]`` of its rows."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-
 class Payload(NamedTuple):
     """One tensor of a message: name, dtype, shape, and its bytes [start, stop) of the data."""
 
@@ -74,7 +59,7 @@ class Message(NamedTuple):
     num_samples: int
 
 
-def scales_of(part: Part, dtype: str) -> int:
+def scales_of(part: Entry, dtype: str) -> int:
     """Number of scales: one a row in int8, one a block of 64 values in int4."""
     return part.rows if dtype == "int8" else -(-part.numel // BLOCK) if dtype == "int4" else 0
 
@@ -84,8 +69,11 @@ def names_of(name: str, dtype: str, sparse: bool) -> list[str]:
     return [f"{name}.rows"] * sparse + [f"{name}.scale"] * (dtype in LEVELS) + [name]
 
 
-def payloads_of(parts: Sequence[Part], dtype: str, sparse: bool) -> tuple[Payload, ...]:
-    """The tensors of a message in the order of their bytes: indices, scales, values, so that all is aligned."""
+def payloads_of(parts: Sequence[Entry], dtype: str, sparse: bool) -> tuple[Payload, ...]:
+    """The tensors of a message in the order of their bytes: indices, scales, values, so that all is aligned.
+
+    parts: what of each parameter travels, in a sparse message with as many rows as are sent; offsets are not looked at.
+    """
     wanted: list[tuple[str, Stored, tuple[int, ...]]] = []
     if sparse:
         wanted += [(f"{p.name}.rows", INDEX, (p.rows,)) for p in parts]

@@ -14,19 +14,20 @@ from .._dispatch import run
 from ..layout import Entry, row_layout
 from .digest import crc32c, digest
 from .errors import ChecksumError, NotFiniteError, RangeError, WireError
-from .format import BLOCK, DTYPES, LARGEST_SCALE, LEVELS, SCALE, Message, Part, payloads_of, scales_of
+from .format import BLOCK, DTYPES, LARGEST_SCALE, LEVELS, SCALE, Message, payloads_of, scales_of
 from .header import Agreed, Header
 
 
 class Frame:
-    """The bytes of one kind of message. Attributes: ``parts``, ``numel`` values, ``nbytes``, ``header``, ``payloads``.
+    """The bytes of one kind of message. Attributes: ``parts`` (of :func:`payloads_of`), ``numel`` values, ``nbytes``,
+    ``header``, ``payloads``.
 
     A table says where values are, int64 (lines, 5): offset in a float32 buffer, offset among the values of the message,
     first row of its scales, rows, row length. In int4 a row is a block of 64 values, and every parameter starts at an
     even value: at a byte.
     """
 
-    def __init__(self, parts: Sequence[Part], agreed: Agreed) -> None:
+    def __init__(self, parts: Sequence[Entry], agreed: Agreed) -> None:
         self.parts, self.agreed, self.numel = tuple(parts), agreed, sum(p.numel for p in parts)
         self.payloads = payloads_of(parts, agreed.dtype, agreed.sparse)
         self.header = Header(self.payloads, agreed, crc32c)

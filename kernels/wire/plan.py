@@ -20,7 +20,7 @@ from .arguments import (
     checked_weight,
     sorted_layers,
 )
-from .format import DTYPES, LENGTH_BYTES, Message, Part, WireDtype, fingerprint_of
+from .format import DTYPES, LENGTH_BYTES, Message, WireDtype, fingerprint_of
 from .frame import Frame, running
 from .header import Agreed
 from .reader import OWN, Opened, Target, opened
@@ -86,12 +86,12 @@ class WirePlan:
         )
         based = self.delta or self.sparse
         self._agreed = Agreed(self.fingerprint, dtype, self.layers, based, self.sparse)
-        parts, self._offsets = [Part(e.name, e.shape) for e in chosen], [e.offset for e in chosen]
-        self._frame = Frame(parts, self._agreed)
+        self._offsets = [e.offset for e in chosen]
+        self._frame = Frame(chosen, self._agreed)
         self._relation = Relation(self._frame, self._agreed, self.delta, self._entries, chosen)
         self.nbytes = self._frame.nbytes
         self.max_bytes = LENGTH_BYTES + self._frame.header.limit + self._frame.header.data_nbytes
-        plain = Frame(parts, Agreed(self.fingerprint, "float32", self.layers, False, False))
+        plain = Frame(chosen, Agreed(self.fingerprint, "float32", self.layers, False, False))
         self._tables: dict[tuple[str, torch.device], Tensor] = {
             ("flat to message", CPU): self._frame.table(self._offsets),
             ("flat to values", CPU): plain.table(self._offsets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from ..layout import Entry
 from .errors import NamesError, RowsError, ShapeError
-from .format import Part
 from .frame import running
 from .parsing import short
 
@@ -40,10 +40,10 @@ class Rows:
             raise ValueError(f"rows: {found}, wanted torch.bool ({self._mask_rows},): the plan is sparse")
         return mask.cpu()[self._in_mask].nonzero().squeeze(1)
 
-    def parts(self, rows: Tensor) -> list[Part]:
+    def parts(self, rows: Tensor) -> list[Entry]:
         """What of each parameter travels when these rows do."""
         counts = torch.bincount(self._part_of(rows), minlength=len(self._chosen)).tolist()
-        return [Part(e.name, (n, *e.shape[1:])) for e, n in zip(self._chosen, counts, strict=True)]
+        return [replace(e, shape=(n, *e.shape[1:])) for e, n in zip(self._chosen, counts, strict=True)]
 
     def indices(self, rows: Tensor) -> Tensor:
         """int32: each row's number in its own parameter."""
@@ -55,7 +55,7 @@ class Rows:
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return self._starts[rows].repeat_interleave(lengths) + within
 
-    def declared(self, tensors: Mapping[str, Any]) -> list[Part]:
+    def declared(self, tensors: Mapping[str, Any]) -> list[Entry]:
         """What of each parameter travels, as a header says; only these shapes are looked at."""
         parts = []
         for e in self._chosen:
@@ -66,10 +66,10 @@ class Rows:
             shape = info.get("shape") if isinstance(info, dict) else None
             if not (isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and 0 <= shape[0] <= e.rows):
                 raise ShapeError(f"{name}.shape", f"{short(shape)}, wanted at most [{e.rows}]")
-            parts.append(Part(e.name, (shape[0], *e.shape[1:])))
+            parts.append(replace(e, shape=(shape[0], *e.shape[1:])))
         return parts
 
-    def read(self, indices: Tensor, parts: Sequence[Part]) -> Tensor:
+    def read(self, indices: Tensor, parts: Sequence[Entry]) -> Tensor:
         """The rows that a message's indices name. Raises RowsError unless they ascend inside each parameter."""
         part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([p.rows for p in parts], dtype=torch.int64))
         own = indices.cpu().long()
