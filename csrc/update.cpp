@@ -73,7 +73,7 @@ struct Run {
 int64_t find_runs(
     const Rows& r, int32_t line, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs,
     int64_t found) {
-  const bool* const mask = r.mask + first;
+  const uint8_t* const mask = r.mask + first;
   int32_t* const steps = r.steps + first;
   const int64_t active = count_active(mask, rows);
   if (active == 0) return found;
@@ -89,7 +89,7 @@ int64_t find_runs(
   const int64_t end = found + active;
   for (int64_t i = 0, at = found; i < rows; ++i) {
     runs[at] = {offset + i * length, length, static_cast<int32_t>(i), line};
-    at += mask[i];
+    at += mask[i] != 0;
   }
   for (; found < end; ++found) runs[found].step = ++steps[runs[found].step];
   return end;
@@ -244,7 +244,7 @@ Tensor masked_grad_norm(Tensor grad, Tensor mask, Tensor layout) {
       const int64_t last_line = std::min(rows.lines, (task + 1) * kLinesPerTask);
       for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
         const int64_t* const at = rows.layout + 4 * line;
-        const bool* const mask_of = rows.mask + at[1];
+        const uint8_t* const mask_of = rows.mask + at[1];
         std::array<double, 16> sums{};
         for (int64_t row = 0; row < at[2]; ++row) {
           const int64_t first = row;

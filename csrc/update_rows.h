@@ -13,7 +13,7 @@ constexpr int64_t kLinesPerTask = 16;
 
 struct Rows {
   int32_t* steps;  // null where only the mask is read
-  const bool* mask;
+  const uint8_t* mask;  // torch takes any byte but 0 for true
   int64_t num_rows;
   const int64_t* layout;
   int64_t lines;
@@ -38,25 +38,30 @@ inline Rows rows_of(int64_t numel, const std::optional<Tensor>& steps, const Ten
           layout.size(0) <= std::numeric_limits<int32_t>::max(),
       "layout: wanted contiguous int64 (lines, 4)");
   const Rows rows{
-      steps ? steps->mutable_data_ptr<int32_t>() : nullptr, mask.const_data_ptr<bool>(), mask.numel(),
+      steps ? steps->mutable_data_ptr<int32_t>() : nullptr, static_cast<const uint8_t*>(mask.data_ptr()), mask.numel(),
       layout.const_data_ptr<int64_t>(), layout.size(0)};
   bool inside = true;  // a wrong layout would write into other people's memory
   for (const int64_t* at = rows.layout; at != rows.layout + 4 * rows.lines; at += 4) {
-    inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] + at[2] <= rows.num_rows &&
-             at[0] + at[2] * at[3] <= numel;
+    int64_t values = 0;
+    inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] <= rows.num_rows &&
+             at[2] <= rows.num_rows - at[1] && !__builtin_mul_overflow(at[2], at[3], &values) && at[0] <= numel &&
+             values <= numel - at[0];
   }
   STD_TORCH_CHECK(inside, "layout: a line reaches beyond data or mask");
   return rows;
 }
 
-inline int64_t count_active(const bool* mask, int64_t rows) {
+inline int64_t count_active(const uint8_t* mask, int64_t rows) {
   int64_t count = 0, row = 0;
   for (; row + 8 <= rows; row += 8) {
     uint64_t eight;
     std::memcpy(&eight, mask + row, 8);
-    count += static_cast<int64_t>(eight * 0x0101010101010101u >> 56);  // the sum of the bytes, each 0 or 1
+    eight |= eight >> 4 & 0x0F0F0F0F0F0F0F0Fu;  // into the lowest bit of each byte: whether it has any
+    eight |= eight >> 2 & 0x0303030303030303u;
+    eight |= eight >> 1;
+    count += static_cast<int64_t>((eight & 0x0101010101010101u) * 0x0101010101010101u >> 56);  // their sum
   }
-  for (; row < rows; ++row) count += mask[row];
+  for (; row < rows; ++row) count += mask[row] != 0;
   return count;
 }
 

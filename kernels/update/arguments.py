@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -46,9 +47,12 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...]) -> 
     _check_apart(tensors, changed)
 
 
-def _key(tensor: Tensor, *more: int) -> tuple[int, ...]:
-    """What must be equal for an earlier check of the tensor's values to hold: reading them waits for a CUDA device."""
-    return (*more, -1 if tensor.is_inference() else tensor._version)
+def _key(tensor: Tensor, *more: int) -> tuple[float, ...]:
+    """What must be equal for an earlier check of the tensor's values to hold: reading them waits for a CUDA device.
+
+    An inference tensor does not count its changes: its key equals nothing. Changes past torch (by NumPy) are not seen.
+    """
+    return (*more, math.nan if tensor.is_inference() else tensor._version)
 
 
 def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int) -> None:

@@ -36,6 +36,8 @@ def _not_negative(**values: float) -> None:
 
 def _number(name: str, value: float) -> float:
     try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None

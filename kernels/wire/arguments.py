@@ -21,6 +21,11 @@ Buffer = Tensor | bytes | bytearray | memoryview
 def check_flat(flat: FlatBuffers) -> None:
     if not all(hasattr(flat, name) for name in ("data", "entries", "identity")):
         raise TypeError(f"flat: {type(flat).__name__}, wanted a FlatAdapter (data, entries and identity)")
+    check = getattr(flat, "check", None)
+    if check is not None:
+        check(gradients=False)
+    if not isinstance(flat.data, Tensor):
+        raise TypeError(f"flat.data: {type(flat.data).__name__}, wanted a torch.Tensor")
 
 
 def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str, sparse: bool) -> int:
@@ -98,6 +103,8 @@ def is_aligned(buffer: Tensor) -> bool:
 def checked_weight(name: str, value: float, index: int | None = None) -> float:
     """A weight as a float. Raises TypeError for what is no number, WeightError for one outside the range."""
     try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
         weight = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None
@@ -113,6 +120,19 @@ def check_values(name: str, values: Tensor, dtype: torch.dtype, numel: int) -> N
         raise TypeError(f"{name}: {type(values).__name__}, wanted a torch.Tensor")
     if values.dtype != dtype or values.shape != (numel,) or not values.is_contiguous():
         raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}, wanted contiguous {dtype} ({numel},)")
+
+
+def check_written(name: str, values: Tensor, dtype: torch.dtype, numel: int, **others: Tensor | None) -> Tensor:
+    """What of ``values`` can be written, refused like :func:`check_values`, or where it shares memory with another."""
+    check_values(name, values, dtype, numel)
+    if values.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name}: made in inference mode, wanted an ordinary tensor: it is written")
+    for other, tensor in others.items():
+        if isinstance(tensor, Tensor) and tensor.device == values.device:
+            first, second = (range(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (values, tensor))
+            if max(first.start, second.start) < min(first.stop, second.stop):
+                raise ValueError(f"{name}: shares memory with {other}, wanted memory of its own: it is written")
+    return values.detach()
 
 
 def check_out(out: Tensor, nbytes: int) -> None:

@@ -24,7 +24,8 @@ def crc32c(data: bytes) -> int:
     return digest(torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.tensor([[0, len(data), 0]]))[0][0]
 
 
-def crc32c_of(values: Tensor) -> int:
-    """CRC32C of a tensor's bytes in host memory."""
-    raw = values.cpu().contiguous().view(torch.uint8)
-    return digest(raw, torch.tensor([[0, len(raw), 0]]))[0][0] if len(raw) else 0
+def digest_of(values: Tensor) -> tuple[int, bool]:
+    """CRC32C of float32 values as they lie in memory, and whether all are finite."""
+    raw = values.cpu().view(torch.uint8)
+    (crc,), (bad,) = digest(raw, torch.tensor([[0, len(raw), 1]]))
+    return crc, not bad

@@ -137,7 +137,8 @@ class Frame:
         index = names.index(name if name in names else name.removesuffix(".scale"))
         values = data[offsets[index] : offsets[index] + self.parts[index].numel]
         if not bool(values.isfinite().all()):
-            return NotFiniteError(names[index], "holds an infinite value or NaN")
+            whose = "its difference to the base, with the residual, " if self.agreed.based else ""
+            return NotFiniteError(names[index], f"{whose}holds an infinite value or NaN")
         most, dtype = values.abs().max().item(), self.agreed.dtype
         largest = LEVELS[dtype] * LARGEST_SCALE if dtype in LEVELS else torch.finfo(self._stored).max
         problem = f"magnitude {most:g} does not fit {dtype}, whose largest is {largest:g}"

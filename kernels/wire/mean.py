@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .arguments import Buffer, check_values, checked_weight
+from .arguments import Buffer, check_written, checked_weight
 from .errors import CountError, WireError
 from .plan import WirePlan
 
@@ -39,8 +39,8 @@ def aggregate(
             (a device can claim any number: give your own where that matters).
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
-        base: what the messages of a delta or sparse plan are relative to; the mean is then base + Σ w_i (v_i − base) /
-            Σ w_i, where a row that a message does not carry counts with its value in the base.
+        base: what the messages of a delta or sparse plan are relative to; what is averaged are the values that ``load``
+            would give, so that a row that a message does not carry counts with its value in the base.
         max_bytes: a longer message is refused before it is looked at.
         accumulator: float64 (plan.numel,), overwritten, and out: float32 (plan.numel,), filled and returned, both
             contiguous and on one device, which is then that of the sum. Who averages again and again keeps them: the
@@ -63,7 +63,6 @@ def aggregate(
         raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
-    of = plan._relation.base(base)
     sum = _sum_of(plan, accumulator, out, device)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)
@@ -74,7 +73,7 @@ def aggregate(
             break
         weight = None if shares is None else _next_weight(shares, index)
         try:
-            message = plan._add(sum, buffer, weight, round, of, max_bytes)
+            message = plan.add_(sum, buffer, weight, round, base=base, max_bytes=max_bytes)
         except WireError as error:
             if on_refused is None:
                 raise error.at(index) from None
@@ -90,28 +89,27 @@ def aggregate(
         raise CountError("buffers", "no messages, wanted at least one")
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
-    mean = torch.empty(plan.numel, device=sum.device) if out is None else out
-    parts = [sum, mean] if of.values is None else [sum, mean, of.on(sum.device)]
-    for part, rounded, *base_part in zip(*(part.split(CHUNK) for part in parts), strict=True):
-        part /= total
-        for values in base_part:
-            part += values
-        rounded.copy_(part)
-    return mean if of.values is None else plan._relation.finite(mean)
+    mean = torch.empty(plan.numel, device=sum.device) if out is None else out.detach()
+    for part, rounded in zip(sum.split(CHUNK), mean.split(CHUNK), strict=True):
+        rounded.copy_(part.div_(total))
+    if out is None:
+        return mean
+    torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _sum_of(plan: WirePlan, accumulator: Tensor | None, out: Tensor | None, device: torch.device | str) -> Tensor:
     """Where the sum is held, all zeros."""
-    if accumulator is not None:
-        check_values("accumulator", accumulator, torch.float64, plan.numel)
     if out is not None:
-        check_values("out", out, torch.float32, plan.numel)
-        if accumulator is not None and accumulator.device != out.device:
-            raise ValueError(f"accumulator: on {accumulator.device}, wanted {out.device}, where out is")
+        check_written("out", out, torch.float32, plan.numel)
         device = out.device
+    if accumulator is not None:
+        accumulator = check_written("accumulator", accumulator, torch.float64, plan.numel, out=out)
+        if out is not None and accumulator.device != device:
+            raise ValueError(f"accumulator: on {accumulator.device}, wanted {device}, where out is")
     if accumulator is None:
         return torch.zeros(plan.numel, dtype=torch.float64, device=device)
-    return accumulator.detach().zero_()
+    return accumulator.zero_()
 
 
 def _next_weight(shares: Iterator[float], index: int) -> float:

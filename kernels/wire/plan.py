@@ -16,6 +16,7 @@ from .arguments import (
     check_flat,
     check_out,
     check_values,
+    check_written,
     checked_count,
     checked_weight,
     sorted_layers,
@@ -72,7 +73,10 @@ class WirePlan:
             raise ValueError(f"dtype: {dtype!r}, wanted one of the names {', '.join(map(repr, DTYPES))}")
         check_flat(flat)
         self.dtype: WireDtype = dtype
-        self.delta, self.sparse = bool(delta), bool(sparse)
+        for name, option in (("delta", delta), ("sparse", sparse)):
+            if not isinstance(option, bool):
+                raise TypeError(f"{name}: {option!r}, wanted True or False")
+        self.delta, self.sparse = delta, sparse
         self._entries, self._identity = tuple(flat.entries), dict(flat.identity)
         self._flat_numel = check_entries(self._entries, self._identity, dtype, self.sparse)
         self.layers = sorted_layers(layers, self._entries)
@@ -96,6 +100,7 @@ class WirePlan:
             ("flat to message", CPU): self._frame.table(self._offsets),
             ("flat to values", CPU): plain.table(self._offsets),
             ("values to message", CPU): self._frame.table(),
+            ("values", CPU): plain.table(),
         }
 
     def pack(
@@ -136,12 +141,14 @@ class WirePlan:
             return self._write(self._frame, data, "flat to message", message, 0, out, None)
         if self.sparse and out is not None:
             raise ValueError("out: given, wanted None: a sparse message is as long as its rows")
+        residual = self._relation.residual(residual, of, data)
         values = self._gathered(data)
         sent = self._relation.sent(values, of, rows, residual)
         packed = self._write(sent.frame, sent.values, "values to message", message, of.crc32c, out, sent.indices)
         if residual is not None:
             decoded = self._decoded(sent.frame, packed[sent.frame.header.nbytes :], data.device)
             self._relation.keep(residual, values, sent, decoded)
+            torch.autograd.graph.increment_version(residual)
         return packed
 
     def read(
@@ -155,8 +162,8 @@ class WirePlan:
     ) -> dict[str, Tensor]:
         """The tensors of a message by name as they are stored (FORMAT.md), after every check.
 
-        They are views of ``buffer``, without a copy; only ``bytes`` (which torch cannot hold unwritable) and memory
-        that is not 8-byte aligned are copied once. int8: ``name`` is int8 and ``name + ".scale"`` float32 (rows,).
+        They are views of ``buffer``, without a copy; only what cannot be written, as ``bytes``, and memory that is not
+        8-byte aligned are copied once. int8: ``name`` is int8 and ``name + ".scale"`` float32 (rows,).
         int4: two values a byte. Sparse: ``name + ".rows"`` are the int32 indices. Delta: differences.
         """
         found = self._open(buffer, round, self._relation.base(base), max_bytes)
@@ -206,37 +213,31 @@ class WirePlan:
         base: Tensor | None = None,
         max_bytes: int | None = None,
     ) -> Message:
-        """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,).
-
-        weight: None: the message's own sample count. In a delta or sparse plan what is added is weight · (values −
-        base).
-        """
-        return self._add(sum, buffer, weight, round, self._relation.base(base), max_bytes)
-
-    def _add(
-        self, sum: Tensor, buffer: Buffer, weight: float | None, round: int | None, base: Base, max_bytes: int | None
-    ) -> Message:
-        check_values("sum", sum, torch.float64, self.numel)
+        """sum += weight · values of a message that passes every check; ``sum`` is float64 (numel,). A weight of None is
+        the message's own sample count."""
+        sum, of = check_written("sum", sum, torch.float64, self.numel), self._relation.base(base)
         if weight is not None:
             weight = checked_weight("weight", weight)
         table = self._table("values to message", sum.device)
-        found = self._open(buffer, round, base, max_bytes, Target(sum, table, OWN if weight is None else weight))
+        plain = of.values is None
+        values = sum if plain else torch.empty(self.numel, device=sum.device)
+        found = self._open(buffer, round, of, max_bytes, Target(values, table, OWN if weight is None else weight))
         if weight is None:  # 0 has added nothing so far
             weight = checked_weight("metadata.num_samples", found.message.num_samples)
-        if found.rows is not None:
-            decoded = self._decoded(found.frame, found.payload, sum.device)
-            self._relation.add_(sum, decoded, found.rows, base, weight)
+        if not plain:
+            decoded = values if found.decoded else self._decoded(found.frame, found.payload, sum.device)
+            values = self._relation.values(decoded, found.rows, of)
+            run("wire_accumulate_", sum, sum, values, values[:0], self._table("values", sum.device), weight)
         elif not found.decoded:
             run("wire_accumulate_", sum, sum, *found.frame.typed(found.payload.to(sum.device)), table, weight)
+        torch.autograd.graph.increment_version(sum)
         return found.message
 
     def _open(
         self, buffer: Buffer, round: int | None, base: Base, max_bytes: int | None, target: Target | None = None
     ) -> Opened:
-        if round is not None:
-            round = checked_count("round", round)
-        if max_bytes is not None:
-            max_bytes = checked_count("max_bytes", max_bytes)
+        round = None if round is None else checked_count("round", round)
+        max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes)
         target = target or Target(torch.empty(0), self._table("values to message", CPU))
         rows = self._relation.rows
         return opened(bytes_of(buffer), self._frame, self._agreed, rows, target, round, base.crc32c, max_bytes)
@@ -261,6 +262,7 @@ class WirePlan:
         if bad is not None:
             offsets = self._offsets if table == "flat to message" else running([p.numel for p in frame.parts])
             raise frame.refusal(bad, data, offsets)
+        torch.autograd.graph.increment_version(out)
         return out
 
     def _decoded(self, frame: Frame, payload: Tensor, device: torch.device) -> Tensor:
@@ -281,9 +283,6 @@ class WirePlan:
     def _data(self, flat: FlatBuffers) -> Tensor:
         """The flat buffer without autograd, if it is the adapter that the plan was made for."""
         check_flat(flat)
-        check = getattr(flat, "check", None)
-        if check is not None:
-            check(gradients=False)
         data = flat.data.detach()
         if data.dtype != torch.float32 or data.shape != (self._flat_numel,) or not data.is_contiguous():
             what = f"{data.dtype} {tuple(data.shape)}"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..layout import Entry
-from .arguments import check_values
-from .digest import crc32c_of
+from .arguments import check_values, check_written
+from .digest import digest_of
 from .errors import NotFiniteError
 from .frame import Frame, running
 from .header import Agreed
@@ -54,16 +54,16 @@ class Relation:
         if base is None:
             raise ValueError(f"base: None, wanted float32 ({self.frame.numel},): the plan is delta or sparse")
         check_values("base", base, torch.float32, self.frame.numel)
-        return Base(base.detach(), crc32c_of(base.detach()))
+        crc, finite = digest_of(base.detach())
+        if not finite:
+            raise ValueError("base: holds an infinite value or NaN")
+        return Base(base.detach(), crc)
 
     def sent(self, values: Tensor, base: Base, rows: Tensor | None, residual: Tensor | None) -> Sent:
         """What is to be sent; ``values``, all that could be, become what they are relative to the base, in place."""
         if self.delta:
             values -= base.on(values.device)
         if residual is not None:
-            if not self.delta:
-                raise ValueError("residual: given, wanted None: error feedback is for differences, so a delta plan")
-            check_values("residual", residual, torch.float32, self.frame.numel)
             values += residual.to(values.device)
         if self.rows is None:
             if rows is not None:
@@ -73,6 +73,15 @@ class Relation:
         positions = self.rows.positions(chosen).to(values.device)
         frame = Frame(self.rows.parts(chosen), self._agreed)
         return Sent(frame, values[positions], self.rows.indices(chosen), positions)
+
+    def residual(self, residual: Tensor | None, base: Base, data: Tensor) -> Tensor | None:
+        """The argument ``residual`` of a plan's pack, checked."""
+        if residual is None:
+            return None
+        if not self.delta:
+            raise ValueError("residual: given, wanted None: error feedback is for differences, so a delta plan")
+        others = {"base": base.values, "flat.data": data}
+        return check_written("residual", residual, torch.float32, self.frame.numel, **others)
 
     def keep(self, residual: Tensor, values: Tensor, sent: Sent, decoded: Tensor) -> None:
         """residual ← values − what a receiver gets of them."""
@@ -102,13 +111,3 @@ class Relation:
             name = next(p.name for p, end in zip(self.frame.parts, ends, strict=True) if int(bad[0]) < end)
             raise NotFiniteError(name, "an infinite value or NaN in the base, or in the sum of base and difference")
         return values
-
-    def add_(self, sum: Tensor, decoded: Tensor, rows: Tensor | None, base: Base, weight: float) -> None:
-        """sum += weight · (value − base), float64; where the message is relative to nothing, weight · value."""
-        if self.rows is None or rows is None:
-            sum += decoded.double() * weight
-            return
-        positions, differences = self.rows.positions(rows).to(sum.device), decoded.double()
-        if not self.delta:
-            differences -= base.on(sum.device)[positions].double()
-        sum.index_add_(0, positions, differences * weight)  # no position twice: one addition each, in any order

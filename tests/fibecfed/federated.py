@@ -56,7 +56,8 @@ def make_client(fed: Federation, gal: tuple[int, ...] = (2,)) -> Client:
 def halves(fed: Federation, gal: tuple[int, ...] = (1,)) -> tuple[Server, LocalStore]:
     """Server and store of a federation in the middle of a run: every value of theirs is another random number."""
     server = Server(fed.flat, gal, fed.config.wire, fed.config.seed)
-    store = LocalStore(fed.flat, gal, len(fed.devices))
+    residual = server.up.numel if fed.config.wire.error_feedback else 0
+    store = LocalStore(fed.flat, gal, len(fed.devices), residual)
     server.values = torch.randn_like(server.values)
     store.rows.copy_(torch.randn_like(store.rows))
     return server, store

@@ -22,7 +22,7 @@ ELAPSED = 12.3456789012345
 
 def in_the_middle() -> Federation:
     """Devices 0 and 2 were scored, with other scores; device 1 never was."""
-    fed = federation()
+    fed = federation("wire.delta=true", "wire.error_feedback=true")
     for k, rounds in ((0, 3), (2, 1)):
         device = fed.devices[k]
         device.rounds = rounds
@@ -32,14 +32,17 @@ def in_the_middle() -> Federation:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    fed, fresh = in_the_middle(), federation()
+    fed, fresh = in_the_middle(), federation("wire.delta=true", "wire.error_feedback=true")
     server, store = halves(fed)
+    store.residuals.normal_()
+    assert store.residuals.numel() > 0
     save_checkpoint(tmp_path, 7, ELAPSED, server, store, fed.devices)
     new_server, new_store = halves(fresh)
     fresh.devices[1].scores, fresh.devices[1].importance = np.ones(5, dtype=np.float32), torch.ones(3)
     assert load_checkpoint(tmp_path, new_server, new_store, fresh.devices) == (7, ELAPSED)
     assert torch.equal(new_server.values, server.values)
     assert torch.equal(new_store.rows, store.rows)
+    assert torch.equal(new_store.residuals, store.residuals)
     for device, before in zip(fresh.devices, fed.devices, strict=True):
         assert device.rounds == before.rounds
         if before.scores is None or before.importance is None:

@@ -116,6 +116,7 @@ def test_the_clipped_norm_is_of_the_rows_that_move_and_lora_plus_is_passed_on() 
     fed = federation(*PLAIN[1:-1], *sgd, "train.max_grad_norm=0.001", "train.loraplus_lr_ratio=2.0")
     client, device = make_client(fed), fed.devices[0]
     client.score(device)
+    assert client._optimizer(client.mask(device), 1.0).param_groups[0]["loraplus_lr_ratio"] == 2.0
     before, mask = fed.flat.data.detach().clone(), client.mask(device)
     assert not mask.all()
     client.train(device, 1, 1.0)

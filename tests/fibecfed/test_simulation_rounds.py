@@ -264,3 +264,16 @@ def test_the_initialization_is_recorded_number_by_number(monkeypatch: pytest.Mon
     assert (init.bytes_up, init.bytes_down) == (8 * 3 * 3, 0)
     assert init.score_quantiles[0.0] == min(float(d.scores.min()) for d in fed.devices if d.scores is not None)
     assert {"load", "init", "sensitivity", "score"} <= init.seconds.keys()
+
+
+def test_what_a_message_lost_is_kept_by_the_devices_that_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(monkeypatch, "wire.dtype=int4", "wire.delta=true", "wire.error_feedback=true")
+    generator = torch.Generator().manual_seed(0)
+
+    def training(device: Device, t: int, share: float) -> TrainResult:
+        run.flat.copy_(run.flat.data.detach() + 0.01 * torch.randn(run.flat.numel, generator=generator))
+        return TrainResult(1.0, 1, 1)
+
+    train_by(run, monkeypatch, training)
+    drawn = run._round(1).devices
+    assert [bool(residual.any()) for residual in run.store.residuals] == [k in drawn for k in range(3)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibecfed_kernels import masked_adamw_, masked_grad_norm, masked_sgd_, use_backend
+from fibecfed_kernels import Entry, masked_adamw_, masked_grad_norm, masked_sgd_, row_layout, use_backend
 
 from .update_tools import BODIES, State
 
@@ -171,3 +171,18 @@ def test_empty_tensors_share_nothing() -> None:
 def test_none_is_refused_where_a_tensor_is_wanted(name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name}: NoneType, wanted a torch.Tensor"):
         masked_adamw_(**{**arguments(), name: None}, lr=0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_but_0_of_a_mask_is_true(byte: int) -> None:
+    """As torch takes flags of uint8 that are viewed as bool."""
+    layout = row_layout([Entry("a", (4096, 4), 0, None), Entry("b", (3, 70), 16384, None)])
+    flags = (torch.rand(4099) < 0.5).to(torch.uint8)
+    found = []
+    for mask in (flags.bool(), (flags * byte).view(torch.bool)):
+        data, grad = torch.ones(16594), torch.linspace(-1, 1, 16594)
+        m, v, steps = torch.zeros_like(data), torch.zeros_like(data), torch.zeros(4099, dtype=torch.int32)
+        for _ in range(3):
+            masked_adamw_(data, grad, m, v, steps, mask, layout, lr=0.1)
+        found.append((data, m, v, steps, masked_grad_norm(grad, mask, layout)))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from fibecfed_kernels import Message, WirePlan, aggregate, use_backend
+from fibecfed_kernels.wire.errors import BaseError
 
 from .test_wire_messages import shapes
 from .wire_tools import DTYPES, Flat, Shapes, make_flat
@@ -144,12 +147,15 @@ def test_error_feedback_loses_nothing_over_many_rounds(dtype: str, kind: dict[st
         some = torch.rand(sum(e.rows for e in before.entries), generator=generator) < 0.5 if plan.sparse else None
         message = plan.pack(after, round=i, num_samples=1, base=base, rows=some, residual=residual)
         plan.add_(received, message, 1.0, base=base)
+        received -= base
     wanted = step.double() * rounds
-    assert torch.allclose(received + residual.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    rounding = rounds * 2.0**-23 * plan.gather(after).abs()  # of base + difference in float32
+    assert ((received + residual.double() - wanted).abs() <= rounding + 1e-5 * wanted.abs().max()).all()
     assert (received - wanted).abs().max() < 0.5 * rounds * step.abs().max()
     if not plan.sparse:
         bare = torch.zeros(plan.numel, dtype=torch.float64)
         plan.add_(bare, plan.pack(after, round=0, num_samples=1, base=base), float(rounds), base=base)
+        bare -= rounds * base.double()
         assert (received - wanted).norm() < 0.2 * (bare - wanted).norm()
 
 
@@ -158,9 +164,60 @@ def test_the_residual_stays_when_nothing_was_sent() -> None:
     plan = WirePlan(before, LAYERS, "int8", delta=True)
     base, residual = plan.gather(before), torch.full((plan.numel,), 0.5)
     after.data[-1] = float("nan")
-    with pytest.raises(ValueError, match=r"^head\.8: holds an infinite value or NaN"):
+    with pytest.raises(ValueError, match=r"^head\.8: its difference to the base, with the residual, holds"):
         plan.pack(after, round=0, num_samples=0, base=base, residual=residual)
     assert (residual == 0.5).all()
+
+
+def test_memory_that_is_written_is_shared_with_nothing_and_a_base_is_finite() -> None:
+    before, after, _ = moved(3)
+    plan = WirePlan(before, None, "int8", delta=True)
+    base, residual, message = plan.gather(before), torch.zeros(plan.numel), {"round": 0, "num_samples": 1}
+    for name, shared in (("flat.data", after.data), ("base", base)):
+        kept = shared.clone()
+        with pytest.raises(ValueError, match=f"^residual: shares memory with {name}, wanted memory of its own"):
+            plan.pack(after, **message, base=base, residual=shared)
+        assert torch.equal(shared, kept)
+    with torch.inference_mode():
+        made_there = torch.zeros(plan.numel)
+    with pytest.raises(ValueError, match=r"^residual: made in inference mode"):
+        plan.pack(after, **message, base=base, residual=made_there)
+    packed = plan.pack(after, **message, base=base, residual=residual)
+    both = torch.zeros(plan.numel, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^accumulator: shares memory with out"):
+        aggregate(plan, [packed], base=base, accumulator=both, out=both.view(torch.float32)[: plan.numel])
+    base[3] = math.nan
+    with pytest.raises(ValueError, match=r"^base: holds an infinite value or NaN"):
+        plan.pack(after, **message, base=base)
+
+
+def test_a_base_that_changes_while_messages_arrive_is_noticed() -> None:
+    before, after, _ = moved(3)
+    plan = WirePlan(before, delta=True)
+    base = plan.gather(before)
+    packed = plan.pack(after, round=0, num_samples=1, base=base)
+
+    def arriving() -> Iterator[Tensor]:
+        yield packed
+        base.add_(1.0)
+        yield packed
+
+    with pytest.raises(BaseError, match=r"^message 1: metadata\.base"):
+        aggregate(plan, arriving(), base=base)
+
+
+@kinds
+def test_equal_messages_average_to_what_each_loads_as_and_a_huge_base_loses_nothing(kind: dict[str, bool]) -> None:
+    before, after, _ = moved(4, share=1.0)
+    before.data *= 1e15
+    plan = WirePlan(before, LAYERS, "float32", **kind)
+    base, rows = plan.gather(before), torch.ones(sum(e.rows for e in before.entries), dtype=torch.bool)
+    message = plan.pack(after, round=0, num_samples=3, base=base, **({"rows": rows} if plan.sparse else {}))
+    plan.load(message, into := make_flat(), base=base)
+    for weights in (None, [0.3, 0.7, 0.1]):
+        assert torch.equal(aggregate(plan, [message] * 3, weights, base=base), plan.gather(into))
+    if not plan.delta:
+        assert torch.equal(plan.gather(into), plan.gather(after))
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,10 @@ def test_a_sum_of_base_and_difference_beyond_float32_is_refused(kind: dict[str, 
     rows = {"rows": torch.ones(10, dtype=torch.bool)} if plan.sparse else {}
     message = plan.pack(flat, round=0, num_samples=1, base=base, **rows)
     kept = into.data.clone()
+    refused: list[int] = []
+    with pytest.raises(errors.CountError, match="all 1 messages were refused"):
+        aggregate(plan, [message], base=base, on_refused=lambda index, _: refused.append(index))
+    assert refused == [0]
     for use in (lambda: plan.load(message, into, base=base), lambda: aggregate(plan, [message], base=base)):
         with pytest.raises(errors.NotFiniteError, match="in the sum of base and difference") as caught:
             use()

@@ -69,24 +69,18 @@ def decoded(message: bytes) -> tuple[Message, dict[str, Tensor]]:
     return Message(int(metadata["round"]), int(metadata["num_samples"])), found
 
 
-def meant(tensors: Mapping[str, Tensor], kind: Kind, layers: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
-    """What the tensors of a message stand for: the values, float32, and what they add to a sum, float64."""
-    values, added = [], []
+def meant(tensors: Mapping[str, Tensor], kind: Kind, layers: tuple[int, ...] = (1,)) -> Tensor:
+    """The values that the tensors of a message stand for, float32."""
+    values = []
     for name, shape, _, own, _ in writer.tensors(kind, layers):
         count = shape[0] if shape else 1
         rows = tensors[f"{name}.rows"].long() if kind.sparse else torch.arange(count)
         base = torch.tensor(own, dtype=torch.float32).view(count, -1)
         sent = coded(tensors, name, kind.dtype, len(rows) * base.shape[1]).view(len(rows), base.shape[1])
-        whole, sum = base.clone(), torch.zeros(base.shape, dtype=torch.float64)
-        if not kind.based:
-            whole, sum = sent, sent.double()
-        elif kind.delta:
-            whole[rows], sum[rows] = base[rows] + sent, sent.double()
-        else:
-            whole[rows], sum[rows] = sent, sent.double() - base[rows].double()
+        whole = base.clone()
+        whole[rows] = base[rows] + sent if kind.delta else sent
         values.append(whole.flatten())
-        added.append(sum.flatten())
-    return torch.cat(values), torch.cat(added)
+    return torch.cat(values)
 
 
 def is_safetensors(message: bytes) -> bool:
@@ -138,11 +132,11 @@ class Receiver:
     def _check_values(self, message: bytes, sum: Tensor) -> None:
         plan, (said, tensors) = self.plan, decoded(message)
         assert is_safetensors(message), "accepted, though it is no safetensors file"
-        wanted, added = meant(tensors, self.kind, self.layers)
+        wanted = meant(tensors, self.kind, self.layers)
         assert wanted.isfinite().all(), "accepted, though a value is not finite"
         assert plan.read(message, base=self.base) == said
         assert torch.equal(plan.gather(self.into), wanted), "load gives other values than the bytes"
-        assert torch.equal(sum, added), "add_ gives other values than the bytes"
+        assert torch.equal(sum, wanted.double()), "add_ gives other values than the bytes"
         unpacked = plan.unpack(message, base=self.base)
         assert unpacked.keys() == tensors.keys()
         assert all(torch.equal(unpacked[name], tensor) for name, tensor in tensors.items())
