@@ -12,6 +12,8 @@ namespace wire {
 
 inline constexpr int64_t kDigestChunk = 6 << 10;  // stays in the first cache between the checksum and the search
 
+inline int64_t item_bytes(int64_t kind) { return kind == 0 ? 1 : kind == 1 || kind == 4 ? 4 : 2; }
+
 // kind: 1 float32, 2 bfloat16, 3 float16, 4 scales (float32, below 2^121, so that 128 of them are finite), 0 no floats.
 inline bool not_finite(const uint8_t* p, int64_t bytes, int64_t kind) {
   switch (kind) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common.h"
 #include "wire_checks.h"
 #include "wire_convert.h"
 
@@ -16,7 +17,7 @@ struct Line {
   int64_t numel() const { return rows * length; }
 };
 
-// A codec knows where a line's values are in a message; `bytes` of int4 begin on a byte, since lines start at even values.
+// A codec knows where a line's values are in a message. In int4 they begin on a byte: lines start at even values.
 template <class Kind>
 struct Floats {
   typename Kind::Wire* w;

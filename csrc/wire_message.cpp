@@ -5,19 +5,20 @@
 #include <cstring>
 #include <vector>
 
-#include "common.h"
-#include "wire_digest.h"
 #include "wire_lines.h"
+#include "wire_payloads.h"
 
 namespace {
 
 using fibecfed::ScalarType;
 using fibecfed::Tensor;
+using wire::Found;
 using wire::Line;
 using wire::Range;
 
 constexpr int64_t kDigits = 16;  // of round and num_samples
-constexpr std::array kDtypes{ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char, ScalarType::Byte};
+constexpr std::array kDtypes{
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char, ScalarType::Byte};
 
 // What is the same in every message of a plan; the first fields are `places` as kernels/wire/frame.py fills it.
 struct Frame {
@@ -60,10 +61,11 @@ Frame frame_of(const Tensor& header, const Tensor& places, const Tensor& ranges,
           inside(f.at.seal, 8) && (f.at.base == -1 || inside(f.at.base, 8)) &&
           f.payloads == (f.has_scales() ? 2 : 1) * f.parameters,
       "places: outside the header, or not one payload a parameter");
-  const auto* const bytes = static_cast<const uint8_t*>(message.data_ptr()) + f.at.header_bytes;
+  const auto* const start = static_cast<const uint8_t*>(message.data_ptr());
   STD_TORCH_CHECK(
-      reinterpret_cast<uintptr_t>(bytes) % 8 == 0 && message.numel() >= f.at.header_bytes, "message: not aligned");
-  f.ranges = wire::check_ranges(ranges, bytes, message.numel() - f.at.header_bytes);
+      message.numel() >= f.at.header_bytes && reinterpret_cast<uintptr_t>(start) % 8 == 0,
+      "message: shorter than its header, or not aligned");
+  f.ranges = wire::check_ranges(ranges, start + f.at.header_bytes, message.numel() - f.at.header_bytes);
   STD_TORCH_CHECK(
       message.numel() == f.bytes() && f.at.scale_bytes <= f.data_bytes() && f.at.scale_bytes % 4 == 0,
       "message: ", message.numel(), " bytes, wanted ", f.bytes());
@@ -72,7 +74,8 @@ Frame frame_of(const Tensor& header, const Tensor& places, const Tensor& ranges,
 
 const Line* lines_of(const Frame& f, const Tensor& table, int64_t data) {
   const int64_t bytes = f.data_bytes() - f.at.scale_bytes;
-  const int64_t values = f.at.dtype == 0 ? bytes / 4 : f.at.dtype <= 2 ? bytes / 2 : f.at.dtype == 3 ? bytes : 2 * bytes;
+  const int64_t half_bytes = std::array{8, 4, 4, 2, 1}[f.at.dtype];  // of a value
+  const int64_t values = 2 * bytes / half_bytes;
   const Line* const lines = wire::check_lines(table, f.dtype(), values, f.at.scale_bytes / 4, data);
   bool ascend = f.first_lines[0] == 0 && f.first_lines[f.parameters] == table.size(0);
   for (int64_t i = 0; i < f.parameters; ++i) ascend = ascend && f.first_lines[i] <= f.first_lines[i + 1];
@@ -99,11 +102,11 @@ int64_t decimal(const uint8_t* from) {
 }
 
 void write_header(
-    const Frame& f, uint8_t* to, int64_t round, int64_t samples, const std::vector<uint32_t>& checksums, int64_t base) {
+    const Frame& f, uint8_t* to, int64_t round, int64_t samples, const std::vector<Found>& payloads, int64_t base) {
   std::memcpy(to, f.header, f.at.header_bytes);
   put_decimal(to + f.at.round, round);
   put_decimal(to + f.at.samples, samples);
-  for (int64_t i = 0; i < f.payloads; ++i) put_hex(to + f.at.checksums + 8 * i, checksums[i]);
+  for (int64_t i = 0; i < f.payloads; ++i) put_hex(to + f.at.checksums + 8 * i, payloads[i].crc);
   const wire::Update update = wire::best_update();
   uint32_t seal = update(0xFFFFFFFF, f.seal_start, f.seal_start_bytes);
   const auto sealed = [&](int64_t at, int64_t bytes, bool first = false) {
@@ -132,16 +135,14 @@ Tensor wire_write_(
   uint8_t* const values = payload + f.at.scale_bytes;
   const auto* const x = static_cast<const float*>(data.data_ptr());
   const wire::Update update = wire::best_update();
-  std::vector<uint32_t> checksums(f.payloads);
-  std::vector<char> bad(f.payloads);
+  std::vector<Found> found(f.payloads);
   wire::visit_codec(f.dtype(), values, payload, [&](auto codec) {
     fibecfed::parallel_tasks(f.parameters, 2 * f.data_bytes(), [&](const auto& next) {
       for (int64_t i = next(); i >= 0; i = next()) {
         const int64_t own = f.has_scales() ? f.parameters + i : i;
         const auto close = [&](wire::Digest& digest, int64_t which) {
           digest.finish(payload + f.ranges[which].stop);
-          checksums[which] = digest.crc();
-          bad[which] = digest.found();
+          found[which] = {digest.crc(), digest.found()};
         };
         wire::Digest digest(payload + f.ranges[own].start, f.ranges[own].kind, update);
         for (const Line* l = lines + f.first_lines[i]; l != lines + f.first_lines[i + 1]; ++l) {
@@ -159,8 +160,8 @@ Tensor wire_write_(
   Tensor result = torch::stable::new_empty(places, {1});
   auto& first = *static_cast<int64_t*>(result.data_ptr());
   first = -1;
-  for (int64_t i = f.payloads; i-- > 0;) first = bad[i] ? i : first;
-  if (first < 0) write_header(f, start, round, num_samples, checksums, base);
+  for (int64_t i = f.payloads; i-- > 0;) first = found[i].not_finite ? i : first;
+  if (first < 0) write_header(f, start, round, num_samples, found, base);
   return result;
 }
 
@@ -184,19 +185,10 @@ Tensor wire_read_(
   out[0] = 0;
   if (found_round < 0 || found_samples < 0 || (round >= 0 && found_round != round)) return result;
 
-  const wire::Update update = wire::best_update();
-  std::vector<uint32_t> checksums(f.payloads);
-  std::atomic<bool> bad{false};
-  fibecfed::parallel_tasks(f.payloads, f.data_bytes(), [&](const auto& next) {
-    for (int64_t i = next(); i >= 0; i = next()) {
-      wire::Digest digest(payload + f.ranges[i].start, f.ranges[i].kind, update);
-      digest.finish(payload + f.ranges[i].stop);
-      checksums[i] = digest.crc();
-      if (digest.found()) bad.store(true, std::memory_order_relaxed);
-    }
-  });
+  const std::vector<Found> found = wire::digests(payload, f.ranges, f.payloads, f.data_bytes());
+  const bool bad = std::any_of(found.begin(), found.end(), [](const Found& one) { return one.not_finite; });
   std::vector<uint8_t> wanted(f.at.header_bytes);
-  write_header(f, wanted.data(), found_round, found_samples, checksums, base);
+  write_header(f, wanted.data(), found_round, found_samples, found, base);
   if (bad || std::memcmp(wanted.data(), start, wanted.size()) != 0) return result;
   out[0] = 1;
   if (!writes) return result;

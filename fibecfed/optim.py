@@ -26,6 +26,10 @@ class _Masked(torch.optim.Optimizer):
     # optimizer that are there during a step alone: grad_scale (None after unscale_) and found_inf.
     _step_supports_amp_scaling = True
 
+    _op: Callable[..., None]  # what makes a step, the buffers it keeps, and the options of the group that it takes
+    _buffers: tuple[str, ...]
+    _hyper: tuple[str, ...]
+
     def __init__(self, flat: FlatAdapter, mask: Tensor | None, defaults: dict[str, Any]) -> None:
         if not isinstance(flat, FlatAdapter):
             raise TypeError(f"flat: {type(flat).__name__}, wanted a FlatAdapter")
@@ -114,7 +118,7 @@ class _Masked(torch.optim.Optimizer):
             scale = scale.to(mask.device).double().reciprocal().float()  # the factor of GradScaler.unscale_
         if clips:
             scale = self._clip(mask, group["max_grad_norm"], scale)
-        self._update(group, self._state(), mask, scale, self._lr_scale(group["loraplus_lr_ratio"]))
+        self._update(mask, scale, self._lr_scale(group["loraplus_lr_ratio"]))
         return loss
 
     def _clip(self, mask: Tensor, max_norm: float, scale: Tensor | None) -> Tensor:
@@ -172,17 +176,22 @@ class _Masked(torch.optim.Optimizer):
         return state
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise TypeError(f"{type(self).__name__}: use MaskedAdamW or MaskedSGD")
+        """The buffers that a step with these options keeps."""
+        return self._buffers
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        mask: Tensor,
-        grad_scale: Tensor | None,
-        lr_scale: Tensor | None,
-    ) -> None:
-        raise TypeError(f"{type(self).__name__}: use MaskedAdamW or MaskedSGD")
+    def _update(self, mask: Tensor, grad_scale: Tensor | None, lr_scale: Tensor | None) -> None:
+        group, state = self.param_groups[0], self._state()
+        self._op(
+            self.flat.data.detach(),
+            self.flat.grad,
+            *(state.get(name) for name in self._buffers),
+            state["step"],
+            mask,
+            self.flat.layout,
+            **{key: group[key] for key in self._hyper},
+            grad_scale=grad_scale,
+            lr_scale=lr_scale,
+        )
 
 
 class MaskedAdamW(_Masked):
@@ -207,6 +216,10 @@ class MaskedAdamW(_Masked):
     (what a scheduler sets later is checked at the step).
     """
 
+    _op = staticmethod(masked_adamw_)
+    _buffers = ("exp_avg", "exp_avg_sq")
+    _hyper = ("lr", "betas", "eps", "weight_decay")
+
     def __init__(
         self,
         flat: FlatAdapter,
@@ -223,36 +236,16 @@ class MaskedAdamW(_Masked):
         shared = {"max_grad_norm": max_grad_norm, "loraplus_lr_ratio": loraplus_lr_ratio}
         super().__init__(flat, mask, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **shared})
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        mask: Tensor,
-        grad_scale: Tensor | None,
-        lr_scale: Tensor | None,
-    ) -> None:
-        masked_adamw_(
-            self.flat.data.detach(),
-            self.flat.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            mask,
-            self.flat.layout,
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")},
-            grad_scale=grad_scale,
-            lr_scale=lr_scale,
-        )
-
 
 class MaskedSGD(_Masked):
     """SGD on the active rows of a flat adapter; see :func:`fibecfed_kernels.masked_sgd_` for the equation.
 
     Args: flat, mask, max_grad_norm, loraplus_lr_ratio as :class:`MaskedAdamW`; the others as torch.optim.SGD.
     """
+
+    _op = staticmethod(masked_sgd_)
+    _buffers = ("momentum_buffer",)
+    _hyper = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
     def __init__(
         self,
@@ -273,27 +266,7 @@ class MaskedSGD(_Masked):
         super().__init__(flat, mask, {"lr": lr, **hyper, **shared})
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        mask: Tensor,
-        grad_scale: Tensor | None,
-        lr_scale: Tensor | None,
-    ) -> None:
-        masked_sgd_(
-            self.flat.data.detach(),
-            self.flat.grad,
-            state.get("momentum_buffer"),
-            state["step"],
-            mask,
-            self.flat.layout,
-            **{key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov")},
-            grad_scale=grad_scale,
-            lr_scale=lr_scale,
-        )
+        return self._buffers if group["momentum"] else ()
 
 
 def _is_lora_b(name: str) -> bool:

@@ -64,7 +64,6 @@ class Server:
                 round=round_,
                 base=self.base,
                 accumulator=self._accumulator,
-                device=self._accumulator.device,
                 on_refused=lambda place, error: refused.__setitem__(place, f"{error.field}: {error.problem}"),
             )
         except CountError as error:

@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .._memory import check_apart
+
 OPTIONAL = ("momentum_buffer", "grad_scale", "lr_scale")
 
 
@@ -44,7 +46,7 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...]) -> 
     _check_layout(layout, buffer, numel, rows)
     if "lr_scale" in tensors:
         _check_lr_scale(tensors["lr_scale"])
-    _check_apart(tensors, changed)
+    check_apart(tensors, changed)
 
 
 def _key(tensor: Tensor, *more: int) -> tuple[float, ...]:
@@ -96,18 +98,3 @@ def _check_lr_scale(lr_scale: Tensor) -> None:
         line = int((~good).nonzero()[0])
         raise ValueError(f"lr_scale: {float(lr_scale[line])} for line {line}, wanted finite numbers ≥ 0")
     lr_scale._fibecfed_checked = key  # type: ignore[attr-defined]
-
-
-def _check_apart(tensors: dict[str, Tensor], changed: tuple[str, ...]) -> None:
-    """Refuse a tensor that is changed and lies, in part, where another one lies. Addresses alone are looked at; that of
-    an empty tensor is 0."""
-    end = end_changed = 0
-    last = last_changed = ""
-    for start, size, name in sorted((t.data_ptr(), t.nbytes, name) for name, t in tensors.items()):
-        other = last_changed if start < end_changed else last if name in changed and start < end else None
-        if other is not None:
-            raise ValueError(f"{name}: shares memory with {other}, wanted tensors that do not overlap")
-        if start + size > end:
-            end, last = start + size, name
-        if name in changed:
-            end_changed, last_changed = start + size, name

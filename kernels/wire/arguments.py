@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._memory import check_apart
 from ..layout import Entry, FlatBuffers
 from .errors import WeightError
 from .format import ALIGNMENT, DIGITS, names_of
@@ -100,8 +101,9 @@ def is_aligned(buffer: Tensor) -> bool:
     return buffer.data_ptr() % ALIGNMENT == 0 and buffer.storage_offset() % ALIGNMENT == 0
 
 
-def checked_weight(name: str, value: float, index: int | None = None) -> float:
-    """A weight as a float. Raises TypeError for what is no number, WeightError for one outside the range."""
+def checked_weight(name: str, value: float, index: int | None = None, field: str = "weight") -> float:
+    """A weight as a float. Raises TypeError for what is no number, WeightError, of ``field``, for one outside the
+    range."""
     try:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError
@@ -109,7 +111,6 @@ def checked_weight(name: str, value: float, index: int | None = None) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None
     if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
-        field = "weight" if name.startswith("weight") else name
         raise WeightError(field, f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index)
     return weight
 
@@ -127,11 +128,8 @@ def check_written(name: str, values: Tensor, dtype: torch.dtype, numel: int, **o
     check_values(name, values, dtype, numel)
     if values.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name}: made in inference mode, wanted an ordinary tensor: it is written")
-    for other, tensor in others.items():
-        if isinstance(tensor, Tensor) and tensor.device == values.device:
-            first, second = (range(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (values, tensor))
-            if max(first.start, second.start) < min(first.stop, second.stop):
-                raise ValueError(f"{name}: shares memory with {other}, wanted memory of its own: it is written")
+    beside = {other: t for other, t in others.items() if t is not None and t.device == values.device}
+    check_apart({name: values, **beside}, changed=(name,))
     return values.detach()
 
 

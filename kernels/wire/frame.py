@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,12 +22,7 @@ from .header import Agreed, Header
 
 class Frame:
     """The bytes of one kind of message. Attributes: ``parts`` (of :func:`payloads_of`), ``numel`` values, ``nbytes``,
-    ``header``, ``payloads``.
-
-    A table says where values are, int64 (lines, 5): offset in a float32 buffer, offset among the values of the message,
-    first row of its scales, rows, row length. In int4 a row is a block of 64 values, and every parameter starts at an
-    even value: at a byte.
-    """
+    ``header``, ``payloads``."""
 
     def __init__(self, parts: Sequence[Entry], agreed: Agreed) -> None:
         self.parts, self.agreed, self.numel = tuple(parts), agreed, sum(p.numel for p in parts)
@@ -38,33 +35,21 @@ class Frame:
         ranges = [[p.start, p.stop, p.dtype.kind] for p in self.payloads]
         self._ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 3)
         self._stored = DTYPES[agreed.dtype].torch
-        self._constants = (self._ranges, *self._places())
 
-    def table(self, offsets: Sequence[int] | None = None) -> Tensor:
-        """The table for a buffer in which part i begins at ``offsets[i]``; None: the parts one after the other."""
-        starts = running([p.numel for p in self.parts]) if offsets is None else offsets
-        return torch.cat([torch.empty(0, 5, dtype=torch.int64), *self._lines(starts)])
+    def table(self) -> Tensor:
+        """The table for the parts one after the other."""
+        return table_of(self.parts, self.agreed.dtype)
 
-    def _lines(self, starts: Sequence[int]) -> list[Tensor]:
-        found, value, row, four = [], 0, 0, self.agreed.dtype == "int4"
-        for part, start in zip(self.parts, starts, strict=True):
-            tail = part.numel % BLOCK
-            shapes = [(part.numel // BLOCK, BLOCK)] + [(1, tail)] * (tail > 0) if four else [part.shape]
-            lines = row_layout(_stacked(shapes))
-            offset, first, rows, length = lines.unbind(1)
-            found.append(torch.stack([offset + start, offset + value, first + row, rows, length], 1))
-            value += part.numel + (part.numel % 2 if four else 0)
-            row += scales_of(part, "int4") if four else part.rows
-        return found
-
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """What csrc/wire_message.cpp knows of the header: its bytes with the start of the sealed text, and numbers."""
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What csrc/wire_message.cpp knows: payloads, the header's bytes with the start of the sealed text, numbers."""
         at = [self.header.places[name].start for name in ("round", "num_samples", "crc32c", "seal")]
         base = self.header.places["base"].start if "base" in self.header.places else -1
-        first_lines = running([len(lines) for lines in self._lines([0] * len(self.parts))], last=True)
+        lines = _lines(self.parts, self.agreed.dtype, [0] * len(self.parts))
+        first_lines = running([len(of_part) for of_part in lines], last=True)
         numbers = [list(DTYPES).index(self.agreed.dtype), self.header.nbytes, self._scales.stop, *at, base]
         header = bytearray(self.header.template + self.header.seal_start.encode("ascii"))
-        return torch.frombuffer(header, dtype=torch.uint8), torch.tensor([*numbers, *first_lines])
+        return self._ranges, torch.frombuffer(header, dtype=torch.uint8), torch.tensor([*numbers, *first_lines])
 
     def typed(self, payload: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the scales (none unless int8 or int4) in the data of a message."""
@@ -153,8 +138,27 @@ def running(sizes: Sequence[int], last: bool = False) -> list[int]:
     return starts if last else starts[:-1]
 
 
-def _stacked(shapes: Sequence[tuple[int, ...]]) -> list[Entry]:
-    entries: list[Entry] = []
-    for shape in shapes:
-        entries.append(Entry("", shape, entries[-1].offset + entries[-1].numel if entries else 0, None))
-    return entries
+def table_of(parts: Sequence[Entry], dtype: str, offsets: Sequence[int] | None = None) -> Tensor:
+    """Where values are, int64 (lines, 5): offset in a float32 buffer, offset among the values of a message, first row
+    of its scales, rows, row length.
+
+    In the buffer part i begins at ``offsets[i]``; None: the parts lie one after the other. In int4 a row is a block of
+    64 values, and every parameter starts at an even value: at a byte.
+    """
+    starts = running([p.numel for p in parts]) if offsets is None else offsets
+    return torch.cat([torch.empty(0, 5, dtype=torch.int64), *_lines(parts, dtype, starts)])
+
+
+def _lines(parts: Sequence[Entry], dtype: str, starts: Sequence[int]) -> list[Tensor]:
+    """The table, part by part."""
+    found, value, row, four = [], 0, 0, dtype == "int4"
+    for part, start in zip(parts, starts, strict=True):
+        tail = part.numel % BLOCK
+        shapes = [(part.numel // BLOCK, BLOCK)] + [(1, tail)] * (tail > 0) if four else [part.shape]
+        offsets = running([math.prod(shape) for shape in shapes])
+        lines = row_layout([Entry("", shape, at, None) for shape, at in zip(shapes, offsets, strict=True)])
+        offset, first, rows, length = lines.unbind(1)
+        found.append(torch.stack([offset + start, offset + value, first + row, rows, length], 1))
+        value += part.numel + (part.numel % 2 if four else 0)
+        row += scales_of(part, "int4") if four else part.rows
+    return found

@@ -43,8 +43,8 @@ def aggregate(
             would give, so that a row that a message does not carry counts with its value in the base.
         max_bytes: a longer message is refused before it is looked at.
         accumulator: float64 (plan.numel,), overwritten, and out: float32 (plan.numel,), filled and returned, both
-            contiguous and on one device, which is then that of the sum. Who averages again and again keeps them: the
-            first touch of new memory can cost as much as the sum itself.
+            contiguous and on one device, which is then that of the sum and the mean. Who averages again and again keeps
+            them: the first touch of new memory can cost as much as the sum itself.
         on_refused: called with the index and the reason of each message that is refused, which is then left out of the
             mean, weight and all. None: the first one ends it. A given weight that is out of range ends it all the same.
 

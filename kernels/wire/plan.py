@@ -22,7 +22,7 @@ from .arguments import (
     sorted_layers,
 )
 from .format import DTYPES, LENGTH_BYTES, Message, WireDtype, fingerprint_of
-from .frame import Frame, running
+from .frame import Frame, running, table_of
 from .header import Agreed
 from .reader import OWN, Opened, Target, opened
 from .relative import Base, Relation
@@ -89,18 +89,16 @@ class WirePlan:
             self._identity, chosen, self.layers, dtype, delta=self.delta, sparse=self.sparse
         )
         based = self.delta or self.sparse
-        self._agreed = Agreed(self.fingerprint, dtype, self.layers, based, self.sparse)
         self._offsets = [e.offset for e in chosen]
-        self._frame = Frame(chosen, self._agreed)
-        self._relation = Relation(self._frame, self._agreed, self.delta, self._entries, chosen)
+        self._frame = Frame(chosen, Agreed(self.fingerprint, dtype, self.layers, based, self.sparse))
+        self._relation = Relation(self._frame, self.delta, self._entries, chosen)
         self.nbytes = self._frame.nbytes
         self.max_bytes = LENGTH_BYTES + self._frame.header.limit + self._frame.header.data_nbytes
-        plain = Frame(chosen, Agreed(self.fingerprint, "float32", self.layers, False, False))
         self._tables: dict[tuple[str, torch.device], Tensor] = {
-            ("flat to message", CPU): self._frame.table(self._offsets),
-            ("flat to values", CPU): plain.table(self._offsets),
-            ("values to message", CPU): self._frame.table(),
-            ("values", CPU): plain.table(),
+            ("flat to message", CPU): table_of(chosen, dtype, self._offsets),
+            ("flat to values", CPU): table_of(chosen, "float32", self._offsets),
+            ("values to message", CPU): table_of(chosen, dtype),
+            ("values", CPU): table_of(chosen, "float32"),
         }
 
     def pack(
@@ -223,7 +221,7 @@ class WirePlan:
         values = sum if plain else torch.empty(self.numel, device=sum.device)
         found = self._open(buffer, round, of, max_bytes, Target(values, table, OWN if weight is None else weight))
         if weight is None:  # 0 has added nothing so far
-            weight = checked_weight("metadata.num_samples", found.message.num_samples)
+            weight = checked_weight("weight", found.message.num_samples, field="metadata.num_samples")
         if not plain:
             decoded = values if found.decoded else self._decoded(found.frame, found.payload, sum.device)
             values = self._relation.values(decoded, found.rows, of)
@@ -240,7 +238,7 @@ class WirePlan:
         max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes)
         target = target or Target(torch.empty(0), self._table("values to message", CPU))
         rows = self._relation.rows
-        return opened(bytes_of(buffer), self._frame, self._agreed, rows, target, round, base.crc32c, max_bytes)
+        return opened(bytes_of(buffer), self._frame, rows, target, round, base.crc32c, max_bytes)
 
     def _write(
         self,
@@ -256,8 +254,7 @@ class WirePlan:
             out = torch.empty(frame.nbytes, dtype=torch.uint8, pin_memory=data.is_cuda)
         else:
             check_out(out, frame.nbytes)
-        inner = frame is not self._frame
-        lines = frame.table().to(data.device) if inner else self._table(table, data.device)
+        lines = self._table(table, data.device) if frame is self._frame else frame.table().to(data.device)
         bad = frame.write(data, lines, message, base, out, indices)
         if bad is not None:
             offsets = self._offsets if table == "flat to message" else running([p.numel for p in frame.parts])

@@ -9,7 +9,7 @@ from torch import Tensor
 from .errors import LengthError, RoundError
 from .format import LENGTH_BYTES, Message
 from .frame import Frame
-from .header import Agreed, check_agreed, size_of
+from .header import check_agreed, size_of
 from .parsing import parsed
 from .rows import Rows
 
@@ -37,7 +37,6 @@ class Target(NamedTuple):
 def opened(
     raw: Tensor,
     frame: Frame,
-    agreed: Agreed,
     rows: Rows | None,
     target: Target,
     round: int | None,
@@ -58,8 +57,8 @@ def opened(
     header = parsed(raw[LENGTH_BYTES:size].numpy().tobytes())
     payload, indices = raw[size:], None
     if rows is not None:
-        check_agreed(header.get("__metadata__"), agreed)
-        frame = Frame(rows.declared(header), agreed)
+        check_agreed(header.get("__metadata__"), frame.agreed)
+        frame = Frame(rows.declared(header), frame.agreed)
     message = frame.check(header, payload, base)
     if round is not None and message.round != round:
         raise RoundError("metadata.round", f"{message.round}, wanted {round}")

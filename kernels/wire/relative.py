@@ -13,7 +13,6 @@ from .arguments import check_values, check_written
 from .digest import digest_of
 from .errors import NotFiniteError
 from .frame import Frame, running
-from .header import Agreed
 from .rows import Rows
 
 
@@ -41,13 +40,13 @@ class Sent(NamedTuple):
 class Relation:
     """How the messages of a plan relate to the values of an adapter. frame: of a message that carries every row."""
 
-    def __init__(self, frame: Frame, agreed: Agreed, delta: bool, entries: Sequence[Entry], chosen: Sequence[Entry]):
-        self.delta, self.frame, self._agreed = delta, frame, agreed
-        self.rows = Rows(entries, chosen) if agreed.sparse else None
+    def __init__(self, frame: Frame, delta: bool, entries: Sequence[Entry], chosen: Sequence[Entry]) -> None:
+        self.delta, self.frame = delta, frame
+        self.rows = Rows(entries, chosen) if frame.agreed.sparse else None
 
     def base(self, base: Tensor | None) -> Base:
         """The argument ``base`` of a plan's methods, checked: there where it is needed, and nowhere else."""
-        if not self._agreed.based:
+        if not self.frame.agreed.based:
             if base is not None:
                 raise ValueError("base: given, wanted None: the plan is neither delta nor sparse")
             return Base(None, 0)
@@ -71,7 +70,7 @@ class Relation:
             return Sent(self.frame, values, None, None)
         chosen = self.rows.chosen(rows)
         positions = self.rows.positions(chosen).to(values.device)
-        frame = Frame(self.rows.parts(chosen), self._agreed)
+        frame = Frame(self.rows.parts(chosen), self.frame.agreed)
         return Sent(frame, values[positions], self.rows.indices(chosen), positions)
 
     def residual(self, residual: Tensor | None, base: Base, data: Tensor) -> Tensor | None:
@@ -98,16 +97,15 @@ class Relation:
         """
         own = base.on(decoded.device)
         if self.rows is None or rows is None:
-            return self.finite(own + decoded)
+            return self._finite(own + decoded)
         positions, result = self.rows.positions(rows).to(decoded.device), own.clone()
         result[positions] = own[positions] + decoded if self.delta else decoded
-        return self.finite(result)
+        return self._finite(result)
 
-    def finite(self, values: Tensor) -> Tensor:
-        """``values``, float32 (numel,). Raises NotFiniteError, with the parameter's name, unless they are finite."""
+    def _finite(self, values: Tensor) -> Tensor:
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             ends = running([p.numel for p in self.frame.parts], last=True)[1:]
             name = next(p.name for p, end in zip(self.frame.parts, ends, strict=True) if int(bad[0]) < end)
-            raise NotFiniteError(name, "an infinite value or NaN in the base, or in the sum of base and difference")
+            raise NotFiniteError(name, "the sum of base and difference is beyond float32")
         return values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,44 +13,16 @@ from transformers import AutoModelForSequenceClassification
 
 from fibecfed.checkpoint import CHECKPOINT_FILE
 from fibecfed.client import frozen_below
-from fibecfed.config import ConfigError, RunConfig, load_config
+from fibecfed.config import load_config
 from fibecfed.federation import build
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RecordError, RunRecord, SilentObserver, read_record, without_timings
 from fibecfed.simulation import _Simulation, resume, run
 
-from .checkpoints import WORDS, checkpoint
+from .small_run import config
 from .tiny import LAYERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny checkpoint, and a data set whose class is told by one of two words."""
-    folder = tmp_path_factory.mktemp("sources")
-    rng = np.random.default_rng(0)
-    lines = ["text,label"]
-    for i in range(160):
-        words = [WORDS[w] for w in rng.integers(2, 30, rng.integers(3, 9))]
-        words.insert(int(rng.integers(len(words))), WORDS[i % 2])
-        lines.append(f"{' '.join(words)},{i % 2}")
-    (folder / "data.csv").write_text("\n".join(lines))
-    return checkpoint(folder / "model", "bert"), folder / "data.csv"
-
-
-def config(sources: tuple[Path, Path], out: Path, *overrides: str) -> RunConfig:
-    model, data = sources
-    small = [
-        "partition.devices=4",
-        "partition.min_size=16",
-        "train.per_round=2",
-        "train.rounds=3",
-        "train.batch_size=8",
-    ]
-    quick = ["gal.lanczos_steps=3", "gal.lanczos_devices=1", "gal.fraction=0.34", "device=cpu", "model.rank=4"]
-    paths = [f"out={out}", f"data.source={data}", f"model.source={model}", "name=test"]
-    return load_config(None, [*paths, *small, *quick, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -258,36 +229,6 @@ def test_backward_stops_below_the_lowest_active_layer(sources: tuple[Path, Path]
     assert 0 not in inside
     assert len(seen) > len(inside)
     assert all(p.requires_grad for _, p in flat.named_views())
-
-
-def test_nothing_is_written_when_the_data_does_not_fit(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    bad: list[dict[str, Any]] = [{"label": "nowhere"}, {"source": str(tmp_path / "missing.csv")}]
-    for change in bad:
-        broken = config(sources, tmp_path / "out")
-        broken = broken.model_copy(update={"data": broken.data.model_copy(update=change)})
-        with pytest.raises(ValueError, match=r"nowhere|missing"):
-            run(broken)
-    too_many = replace_devices(config(sources, tmp_path / "out"), 100)
-    with pytest.raises(ValueError, match="100"):
-        run(too_many)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
-def test_a_device_that_is_not_there_is_refused_by_name(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device = 'cuda'"):
-        run(config(sources, tmp_path / "out", "device=cuda"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_more_layers_than_the_model_has_are_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"gal.count = 99: wanted at most {LAYERS}, the model's layers"):
-        run(config(sources, tmp_path / "out", "gal.fraction=none", "gal.count=99"))
-    assert not (tmp_path / "out").exists()
-
-
-def replace_devices(settings: RunConfig, devices: int) -> RunConfig:
-    return settings.model_copy(update={"partition": settings.partition.model_copy(update={"devices": devices})})
 
 
 def test_one_base_model_serves_all_devices(sources: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from fibecfed_kernels import FisherDiag, fisher_diag, lora_fisher_diag, use_backend
 
+from .bodies import bodies
 from .oracle import DTYPES, FEATURES, RANKS, SAMPLES, TOKENS, assert_near, fisher_inputs, fisher_truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BODIES = ("reference", "cpp")
-bodies = pytest.mark.parametrize("body", BODIES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 Shape = tuple[int, int, int, int]  # samples, tokens, d_in, d_out

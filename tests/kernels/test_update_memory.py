@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fibecfed_kernels import Entry, masked_adamw_, masked_grad_norm, masked_sgd_, row_layout, use_backend
 
-from .update_tools import BODIES, State
+from .bodies import bodies
+from .update_tools import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-bodies = pytest.mark.parametrize("body", BODIES)
 LINES = ((0, 0, 2, 8), (16, 2, 2, 8), (32, 4, 3, 5), (47, 7, 1, 1))  # 48 values in 8 rows
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fibecfed_kernels import masked_adamw_, masked_grad_norm, use_backend
 
-from .update_tools import BODIES, SHAPES, State, gradients, on_the_edge
+from .bodies import BODIES, bodies
+from .update_tools import SHAPES, State, gradients, on_the_edge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-bodies = pytest.mark.parametrize("body", BODIES)
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fibecfed_kernels import use_backend
 
+from .bodies import BODIES, bodies
 from .oracle import assert_near
-from .update_tools import BODIES, HYPER, SHAPES, STEPS, State, flat, give_gradients, gradients
+from .update_tools import HYPER, SHAPES, STEPS, State, flat, give_gradients, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-bodies = pytest.mark.parametrize("body", BODIES)
 steps = pytest.mark.parametrize("name", STEPS)
 BUFFERS = ("data", "first", "second", "steps")
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fibecfed_kernels import Message, WireError, aggregate, use_backend
-from fibecfed_kernels._backend import HAS_CPP
 from fibecfed_kernels.wire import errors
 from tests.attacks import writer
 from tests.attacks.edits import Attack
 from tests.attacks.make import ATTACKS, FOLDER
 from tests.attacks.writer import FLOAT32, INT4, INT8, Kind
 
+from .bodies import PARAMS
 from .wire_tiny import packed, tiny_base, tiny_flat, tiny_plan
 
 # raised for what a caller gives: no message causes them
@@ -23,10 +23,8 @@ NO_MESSAGE = {errors.RangeError, errors.WeightError, errors.CountError}
 CASES = [pytest.param(attack, id=attack.name) for attack in ATTACKS]
 
 
-@pytest.fixture(params=["cpp", "reference"])
+@pytest.fixture(params=PARAMS)
 def body(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cpp" and not HAS_CPP:
-        pytest.skip("the C++ extension was not built")
     with use_backend(request.param):
         yield
 

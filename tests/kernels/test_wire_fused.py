@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import WirePlan, use_backend
-from fibecfed_kernels._backend import HAS_CPP
 
+from .bodies import needs_cpp
 from .wire_tools import DTYPES, make_flat
 
-pytestmark = pytest.mark.skipif(not HAS_CPP, reason="the C++ extension was not built: these ops are its own")
+pytestmark = needs_cpp  # these ops have no other body
 ops = torch.ops.fibecfed
 CPU = torch.device("cpu")
 LARGE = ((0, (300, 2500)), (0, (40_000, 8)), (None, (7, 3)))  # enough for the work to be divided

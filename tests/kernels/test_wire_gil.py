@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from fibecfed_kernels import WirePlan, aggregate
-from fibecfed_kernels._backend import HAS_CPP
 from fibecfed_kernels._ops import FUSED, SCHEMAS
 
+from .bodies import needs_cpp
 from .wire_tools import DTYPES, make_flat
 
 LARGE = ((0, (1024, 1024)), (1, (4096, 256)), (None, (512, 2048)))  # 12 MiB of float32: some milliseconds a call
@@ -95,7 +95,7 @@ def test_the_witness_stands_still_in_a_call_that_holds_the_gil(witness: Witness)
     assert any(witness.during(lambda: freeing(2000))[0] >= STEPS for _ in range(CALLS))
 
 
-@pytest.mark.skipif(not HAS_CPP, reason="the C++ extension was not built")
+@needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["pack", "load", "aggregate"])
 def test_the_gil_is_free_in_every_op_of(method: str, dtype: str, most: Counter[str]) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load as safetensors_load
 
 from fibecfed_kernels import Message, WirePlan, use_backend
-from fibecfed_kernels._backend import HAS_CPP
 
+from .bodies import bodies
 from .wire_tools import DTYPES, SHAPES, Flat, Shapes, edited, join, make_flat, split, values_of
 
 SMALLEST_MAXIMUM = 127 * 2.0**-126
@@ -157,10 +157,8 @@ def test_int8_rows_of_tiny_values_are_zeros_and_never_exceed_127() -> None:
     assert tensors[name][3:].tolist() == [[127, -127, 64, -32, 0]] * 3
 
 
-@pytest.mark.parametrize("body", ["cpp", "reference"])
+@bodies
 def test_int8_rounds_ties_to_even(body: str) -> None:
-    if body == "cpp" and not HAS_CPP:
-        pytest.skip("the C++ extension was not built")
     flat = make_flat(((0, (2, 8)),))
     flat.data[:8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     flat.data[8:] = flat.data[:8] * -(2.0**-70)

@@ -12,13 +12,12 @@ from torch import Tensor
 
 import fibecfed_kernels.wire.digest as checksums
 from fibecfed_kernels import WirePlan, use_backend
-from fibecfed_kernels._backend import HAS_CPP
 from fibecfed_kernels.wire import reference
 
+from .bodies import bodies, needs_cpp
 from .wire_tools import DTYPES, make_flat
 
 ops = torch.ops.fibecfed
-needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="the C++ extension was not built: there is one body only")
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
@@ -42,11 +41,9 @@ def all_float32(count: int) -> Tensor:
     return torch.cat([data[~data.isnan()], torch.tensor([float("inf"), float("-inf"), 0.0, -0.0, 2.0**-25, 65519.996])])
 
 
-@pytest.mark.parametrize("body", ["cpp", "reference"])
+@bodies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_conversions_are_torchs_own(body: str, dtype: torch.dtype) -> None:
-    if body == "cpp" and not HAS_CPP:
-        pytest.skip("the C++ extension was not built")
     module = ops if body == "cpp" else reference
     data = all_float32(100_000)
     table = torch.tensor([[0, 0, 0, 1, len(data)]])
@@ -136,11 +133,9 @@ def test_opcheck_digest() -> None:
     )
 
 
-@pytest.mark.parametrize("body", ["cpp", "reference"])
+@bodies
 def test_crc32c_of_the_standards_examples(body: str) -> None:
     """RFC 3720, B.4, and the check value of the CRC catalogue."""
-    if body == "cpp" and not HAS_CPP:
-        pytest.skip("the C++ extension was not built")
     examples = {
         b"": 0,
         b"123456789": 0xE3069283,
@@ -171,12 +166,10 @@ def test_digest_bodies_agree_at_every_length_and_place() -> None:
     )
 
 
-@pytest.mark.parametrize("body", ["cpp", "reference"])
+@bodies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_one_value_that_is_not_finite_is_found_anywhere(body: str, dtype: torch.dtype, value: float) -> None:
-    if body == "cpp" and not HAS_CPP:
-        pytest.skip("the C++ extension was not built")
     kind = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}[dtype]
     count = 4000 if body == "cpp" else 400  # beyond the chunks that the C++ body works in
     values = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)

@@ -175,7 +175,8 @@ def test_memory_that_is_written_is_shared_with_nothing_and_a_base_is_finite() ->
     base, residual, message = plan.gather(before), torch.zeros(plan.numel), {"round": 0, "num_samples": 1}
     for name, shared in (("flat.data", after.data), ("base", base)):
         kept = shared.clone()
-        with pytest.raises(ValueError, match=f"^residual: shares memory with {name}, wanted memory of its own"):
+        either = f"residual: shares memory with {name}|{name}: shares memory with residual"
+        with pytest.raises(ValueError, match=either):
             plan.pack(after, **message, base=base, residual=shared)
         assert torch.equal(shared, kept)
     with torch.inference_mode():
@@ -184,7 +185,7 @@ def test_memory_that_is_written_is_shared_with_nothing_and_a_base_is_finite() ->
         plan.pack(after, **message, base=base, residual=made_there)
     packed = plan.pack(after, **message, base=base, residual=residual)
     both = torch.zeros(plan.numel, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"^accumulator: shares memory with out"):
+    with pytest.raises(ValueError, match=r"accumulator: shares memory with out|out: shares memory with accumulator"):
         aggregate(plan, [packed], base=base, accumulator=both, out=both.view(torch.float32)[: plan.numel])
     base[3] = math.nan
     with pytest.raises(ValueError, match=r"^base: holds an infinite value or NaN"):

@@ -35,9 +35,9 @@ def test_kernels_compile_without_spills(architecture: int, tmp_path: Path) -> No
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for kernel, other, scalars in (
-        (body._pack, "*fp32", {}),
-        (body._unpack, "*fp32", {}),
-        (body._accumulate, "*fp64", {"weight_bits": "i64"}),
+        (body.pack_kernel, "*fp32", {}),
+        (body.unpack_kernel, "*fp32", {}),
+        (body.accumulate_kernel, "*fp64", {"weight_bits": "i64"}),
     ):
         names = kernel.arg_names
         for kind, pointer in enumerate(POINTERS):

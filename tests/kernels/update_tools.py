@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from fibecfed_kernels import Entry, masked_adamw_, masked_sgd_, row_layout
 
-BODIES = ("reference", "cpp")
-
 # LoRA pairs, a bias, a scalar, a rank-3 parameter, a row longer than a line
 SHAPES = ((8, 31), (100, 8), (4, 384), (384, 12), (7,), (), (3, 5, 7), (2, 3000), (19, 1))
 
