@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -49,12 +48,13 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...]) -> 
     check_apart(tensors, changed)
 
 
-def _key(tensor: Tensor, *more: int) -> tuple[float, ...]:
+def _key(tensor: Tensor, *more: int) -> tuple[object, ...]:
     """What must be equal for an earlier check of the tensor's values to hold: reading them waits for a CUDA device.
 
-    An inference tensor does not count its changes: its key equals nothing. Changes past torch (by NumPy) are not seen.
+    An inference tensor does not count its changes: its key equals nothing (a NaN would not do, tuples compare identity
+    first). Changes past torch (by NumPy) are not seen.
     """
-    return (*more, math.nan if tensor.is_inference() else tensor._version)
+    return (*more, object() if tensor.is_inference() else tensor._version)
 
 
 def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int) -> None:

@@ -186,3 +186,28 @@ def test_any_byte_but_0_of_a_mask_is_true(byte: int) -> None:
             masked_adamw_(data, grad, m, v, steps, mask, layout, lr=0.1)
         found.append((data, m, v, steps, masked_grad_norm(grad, mask, layout)))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_line_whose_size_overflows_is_refused_by_the_op_itself() -> None:
+    """Under torch.compile nothing else looks at the layout."""
+    layout, mask = torch.tensor([[0, 0, 4, 2**62]]), torch.tensor([True, False, True, True])
+    with pytest.raises(RuntimeError, match="layout: a line reaches beyond data or mask"):
+        torch.ops.fibecfed.masked_grad_norm(torch.ones(16), mask, layout)
+
+
+def test_what_is_made_in_inference_mode_is_checked_every_time() -> None:
+    state = State()
+    with torch.inference_mode():
+        lr_scale = torch.ones(len(state.layout), dtype=torch.float64)
+    state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
+    with torch.inference_mode():
+        lr_scale[1] = float("nan")
+    with pytest.raises(ValueError, match=r"^lr_scale: nan for line 1"):
+        state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
+
+
+@pytest.mark.parametrize("value", ["0.1", True])
+def test_text_and_truth_are_no_numbers(value: object) -> None:
+    state = State()
+    with pytest.raises(TypeError, match=rf"^lr: {value!r}, wanted a number"):
+        state.adamw(torch.ones(state.numel), lr=value)

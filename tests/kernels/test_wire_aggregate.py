@@ -136,6 +136,9 @@ def test_what_is_no_list_of_messages_or_of_numbers_is_refused_by_name() -> None:
             aggregate(plan, one, [1.0])
     with pytest.raises(TypeError, match=r"^weights\[1\]: 'a', wanted a number"):
         aggregate(plan, messages, [1.0, "a", 2.0])  # type: ignore[list-item]
+    for weight in ("3", True):
+        with pytest.raises(TypeError, match=rf"^weights\[0\]: {weight!r}, wanted a number"):
+            aggregate(plan, messages, [weight, 1.0, 1.0])  # type: ignore[list-item]
     for weights in (3.0, "123"):
         with pytest.raises(TypeError, match=r"^weights: "):
             aggregate(plan, messages, weights)  # type: ignore[arg-type]

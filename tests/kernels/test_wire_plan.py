@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fibecfed_kernels import WirePlan
+from fibecfed_kernels import WirePlan, aggregate
 from fibecfed_kernels.wire.errors import WeightError
 
 from .wire_tools import Flat, make_flat
@@ -30,6 +30,9 @@ SMALL = ((0, (2, 3)), (1, (4, 2)), (None, (2,)))
         (ValueError, "dtype: 'float64', wanted one of the names 'float32', 'bfloat16'", {"dtype": "float64"}),
         (ValueError, "dtype: torch.int8, wanted one of the names 'float32', 'bfloat16'", {"dtype": torch.int8}),
         (TypeError, "flat: NoneType, wanted a FlatAdapter", {"flat": None}),
+        (TypeError, "flat.data: ndarray, wanted a torch.Tensor", {"flat": Flat(torch.zeros(3).numpy(), ())}),  # type: ignore[arg-type]
+        (TypeError, "delta: 'no', wanted True or False", {"delta": "no"}),
+        (TypeError, "sparse: 1, wanted True or False", {"sparse": 1}),
     ],
 )
 def test_plans_that_cannot_be_are_refused(error: type[Exception], match: str, arguments: dict[str, Any]) -> None:
@@ -116,3 +119,20 @@ def test_an_adapter_that_can_tell_is_asked_whether_its_model_still_uses_the_buff
     ):
         with pytest.raises(RuntimeError, match="left the buffer"):
             use()
+
+
+def test_what_is_written_counts_as_changed() -> None:
+    """So that autograd refuses to use what it saved before."""
+    flat = make_flat(SMALL)
+    plan = WirePlan(flat)
+    out = torch.empty(plan.nbytes, dtype=torch.uint8)
+    sum, mean = torch.zeros(plan.numel, dtype=torch.float64), torch.empty(plan.numel)
+    for written, use in (
+        (out, lambda: plan.pack(flat, round=0, num_samples=1, out=out)),
+        (sum, lambda: plan.add_(sum, out, 1.0)),
+        (mean, lambda: aggregate(plan, [out], out=mean)),
+        (flat.data, lambda: plan.load(out, flat)),
+    ):
+        before = written._version
+        use()
+        assert written._version > before
