@@ -1,4 +1,4 @@
-// Loops over values: float32 to and from the wire's dtypes, sums in float64, and the search for inf and NaN.
+// Loops over values: float32 to and from the wire's dtypes, and sums in float64.
 //
 // Integer arithmetic instead of the conversion instructions: the same bits on every processor (equal to torch's .to()),
 // and the compiler vectorises it for each clone.
@@ -182,19 +182,6 @@ WIRE_CLONES inline void add_blocks(
       dequantize_block(w, scale[r], x, length);
     for (int64_t i = 0; i < length; ++i) sum[i] += weight * static_cast<double>(x[i]);
   }
-}
-
-// Whether a float, by its bits, has a magnitude of at least that of `limit`; NaN has.
-WIRE_CLONES inline bool any_at_least(const uint32_t* x, size_t n, uint32_t limit) {
-  uint32_t found = 0;
-  for (size_t i = 0; i < n; ++i) found |= (x[i] & 0x7FFFFFFF) >= limit;
-  return found != 0;
-}
-
-WIRE_CLONES inline bool any_at_least(const uint16_t* x, size_t n, uint16_t limit) {
-  uint16_t found = 0;
-  for (size_t i = 0; i < n; ++i) found |= static_cast<uint16_t>((x[i] & 0x7FFF) >= limit);
-  return found != 0;
 }
 
 }  // namespace wire

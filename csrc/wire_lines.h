@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common.h"
 #include "wire_checks.h"
@@ -17,9 +18,11 @@ struct Line {
   int64_t numel() const { return rows * length; }
 };
 
-// A codec knows where a line's values are in a message. In int4 they begin on a byte: lines start at even values.
+// A codec knows where a line's values are in a message. kRows: a row (or block) has a scale, and must not be divided;
+// kCopies: a value stays as it is. In int4 they begin on a byte: lines start at even values.
 template <class Kind>
 struct Floats {
+  static constexpr bool kRows = false, kCopies = std::is_same_v<Kind, Float32>;
   typename Kind::Wire* w;
   void encode(const float* x, const Line& l) const { wire::encode(x, w + l.value, l.numel(), Kind{}); }
   void decode(const Line& l, float* x) const { wire::decode(w + l.value, x, l.numel(), Kind{}); }
@@ -30,6 +33,7 @@ struct Floats {
 };
 
 struct Int8 {
+  static constexpr bool kRows = true, kCopies = false;
   int8_t* q;
   float* scale;
   void encode(const float* x, const Line& l) const {
@@ -43,6 +47,7 @@ struct Int8 {
 };
 
 struct Int4 {
+  static constexpr bool kRows = true, kCopies = false;
   uint8_t* q;
   float* scale;
   void encode(const float* x, const Line& l) const {
@@ -56,6 +61,16 @@ struct Int4 {
   }
   int64_t bytes(int64_t values) const { return (values + 1) / 2; }
 };
+
+// body(piece) for parts of a line that stay in the first cache.
+template <class Codec, class Body>
+void for_pieces(const Codec&, const Line& l, const Body& body) {
+  constexpr int64_t kValues = 1536;
+  const int64_t length = Codec::kRows ? l.length : 1, rows = Codec::kRows ? l.rows : l.numel();
+  const int64_t step = std::max<int64_t>(1, kValues / std::max<int64_t>(1, length));
+  for (int64_t r = 0; r < rows; r += step)
+    body(Line{l.data + r * length, l.value + r * length, l.row + r, std::min(step, rows - r), length});
+}
 
 // visit(codec) for values of a wire dtype; int4 comes as bytes.
 template <class Visit>

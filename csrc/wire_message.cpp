@@ -3,6 +3,7 @@
 // how other bodies do it; here a value is checked while it is in the first cache.
 #include <array>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "wire_lines.h"
@@ -107,12 +108,15 @@ void write_header(
   put_decimal(to + f.at.round, round);
   put_decimal(to + f.at.samples, samples);
   for (int64_t i = 0; i < f.payloads; ++i) put_hex(to + f.at.checksums + 8 * i, payloads[i].crc);
-  const wire::Update update = wire::best_update();
-  uint32_t seal = update(0xFFFFFFFF, f.seal_start, f.seal_start_bytes);
-  const auto sealed = [&](int64_t at, int64_t bytes, bool first = false) {
-    if (!first) seal = update(seal, reinterpret_cast<const uint8_t*>(" "), 1);
-    seal = update(seal, to + at, bytes);
+  wire::Seen seal;
+  const auto add = [&](const void* bytes, int64_t count) {
+    seal = wire::best_pass()(seal, static_cast<const uint8_t*>(bytes), nullptr, count, {});
   };
+  const auto sealed = [&](int64_t at, int64_t bytes, bool first = false) {
+    if (!first) add(" ", 1);
+    add(to + at, bytes);
+  };
+  add(f.seal_start, f.seal_start_bytes);
   sealed(f.at.round, kDigits, true);
   sealed(f.at.samples, kDigits);
   sealed(f.at.checksums, 8 * f.payloads);
@@ -120,11 +124,11 @@ void write_header(
     put_hex(to + f.at.base, static_cast<uint32_t>(base));
     sealed(f.at.base, 8);
   }
-  put_hex(to + f.at.seal, ~seal);
+  put_hex(to + f.at.seal, ~seal.crc);
 }
 
 // -1, or the first payload that holds a float which is not finite: then the header is not written.
-Tensor wire_write_(
+int64_t wire_write_(
     const Tensor& data, const Tensor& table, const Tensor& ranges, const Tensor& header, const Tensor& places,
     int64_t round, int64_t num_samples, int64_t base, Tensor message) {
   wire::check_flat("data", data, ScalarType::Float);
@@ -134,7 +138,7 @@ Tensor wire_write_(
   uint8_t* const payload = start + f.at.header_bytes;
   uint8_t* const values = payload + f.at.scale_bytes;
   const auto* const x = static_cast<const float*>(data.data_ptr());
-  const wire::Update update = wire::best_update();
+  const wire::Pass pass = wire::best_pass();
   std::vector<Found> found(f.payloads);
   wire::visit_codec(f.dtype(), values, payload, [&](auto codec) {
     fibecfed::parallel_tasks(f.parameters, 2 * f.data_bytes(), [&](const auto& next) {
@@ -144,31 +148,36 @@ Tensor wire_write_(
           digest.finish(payload + f.ranges[which].stop);
           found[which] = {digest.crc(), digest.found()};
         };
-        wire::Digest digest(payload + f.ranges[own].start, f.ranges[own].kind, update);
+        wire::Digest digest(payload + f.ranges[own].start, f.ranges[own].kind, pass);
         for (const Line* l = lines + f.first_lines[i]; l != lines + f.first_lines[i + 1]; ++l) {
-          codec.encode(x + l->data, *l);
-          digest.advance(values + codec.bytes(l->value + l->numel()));
+          if constexpr (decltype(codec)::kCopies) {
+            const auto* const from = reinterpret_cast<const uint8_t*>(x + l->data);
+            digest.copy(from, values + codec.bytes(l->value), codec.bytes(l->numel()));
+          } else {
+            wire::for_pieces(codec, *l, [&](const Line& piece) {
+              codec.encode(x + piece.data, piece);
+              digest.advance(values + codec.bytes(piece.value + piece.numel()));
+            });
+          }
         }
         close(digest, own);
         if (f.has_scales()) {
-          wire::Digest of_scales(payload + f.ranges[i].start, f.ranges[i].kind, update);
+          wire::Digest of_scales(payload + f.ranges[i].start, f.ranges[i].kind, pass);
           close(of_scales, i);
         }
       }
     });
   });
-  Tensor result = torch::stable::new_empty(places, {1});
-  auto& first = *static_cast<int64_t*>(result.data_ptr());
-  first = -1;
+  int64_t first = -1;
   for (int64_t i = f.payloads; i-- > 0;) first = found[i].not_finite ? i : first;
   if (first < 0) write_header(f, start, round, num_samples, found, base);
-  return result;
+  return first;
 }
 
-// int64 (3,): whether the message is one of this frame as wire_write_ writes it, of `round` unless that is -1, with
-// every value finite; its round; its samples. Only then `target` is written: float32: the values (none where it is
+// Whether the message is one of this frame as wire_write_ writes it, of `round` unless that is -1, with every value
+// finite; its round; its samples. Only then `target` is written: float32: the values (none where it is
 // empty); float64: target += weight · values, where a weight below 0 stands for the samples.
-Tensor wire_read_(
+std::tuple<int64_t, int64_t, int64_t> wire_read_(
     const Tensor& message, const Tensor& table, const Tensor& ranges, const Tensor& header, const Tensor& places,
     int64_t round, int64_t base, double weight, Tensor target) {
   const bool adds = target.scalar_type() == ScalarType::Double;
@@ -178,20 +187,16 @@ Tensor wire_read_(
   const Line* const lines = writes ? lines_of(f, table, target.numel()) : nullptr;
   auto* const start = static_cast<uint8_t*>(message.data_ptr());
   uint8_t* const payload = start + f.at.header_bytes;
-  Tensor result = torch::stable::new_empty(places, {3});
-  auto* const out = static_cast<int64_t*>(result.data_ptr());
-  const int64_t found_round = out[1] = decimal(start + f.at.round);
-  const int64_t found_samples = out[2] = decimal(start + f.at.samples);
-  out[0] = 0;
-  if (found_round < 0 || found_samples < 0 || (round >= 0 && found_round != round)) return result;
+  const int64_t found_round = decimal(start + f.at.round), found_samples = decimal(start + f.at.samples);
+  const std::tuple<int64_t, int64_t, int64_t> refused{0, found_round, found_samples}, taken{1, found_round, found_samples};
+  if (found_round < 0 || found_samples < 0 || (round >= 0 && found_round != round)) return refused;
 
   const std::vector<Found> found = wire::digests(payload, f.ranges, f.payloads, f.data_bytes());
   const bool bad = std::any_of(found.begin(), found.end(), [](const Found& one) { return one.not_finite; });
   std::vector<uint8_t> wanted(f.at.header_bytes);
   write_header(f, wanted.data(), found_round, found_samples, found, base);
-  if (bad || std::memcmp(wanted.data(), start, wanted.size()) != 0) return result;
-  out[0] = 1;
-  if (!writes) return result;
+  if (bad || std::memcmp(wanted.data(), start, wanted.size()) != 0) return refused;
+  if (!writes) return taken;
   if (weight < 0) weight = static_cast<double>(found_samples);
   wire::visit_codec(f.dtype(), payload + f.at.scale_bytes, payload, [&](auto codec) {
     if (adds) {
@@ -204,7 +209,7 @@ Tensor wire_read_(
       wire::for_lines(lines, table.size(0), 4 * target.numel(), [=](const Line& l) { codec.decode(l, x + l.data); });
     }
   });
-  return result;
+  return taken;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 namespace wire {
 
-// Bytes [start, stop), and what floats they are (not_finite in wire_digest.h).
+// Bytes [start, stop), and what floats they are (search_of in wire_pass.h).
 struct Range {
   int64_t start, stop, kind;
 };
@@ -39,10 +39,10 @@ struct Found {
 // Of each range, on several threads; `size`: bytes of all.
 inline std::vector<Found> digests(const uint8_t* bytes, const Range* ranges, int64_t count, int64_t size) {
   std::vector<Found> found(count);
-  const Update update = best_update();
+  const Pass pass = best_pass();
   fibecfed::parallel_tasks(count, size, [&](const auto& next) {
     for (int64_t i = next(); i >= 0; i = next()) {
-      Digest digest(bytes + ranges[i].start, ranges[i].kind, update);
+      Digest digest(bytes + ranges[i].start, ranges[i].kind, pass);
       digest.finish(bytes + ranges[i].stop);
       found[i] = {digest.crc(), digest.found()};
     }

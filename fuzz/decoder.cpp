@@ -1,5 +1,5 @@
 // A libFuzzer target over the wire's C++: every input is read as numbers, and what csrc/wire_convert.h and
-// csrc/wire_crc.h make of them is compared with slow code that anyone can check. With clang it needs nothing more:
+// csrc/wire_pass.h make of them is compared with slow code that anyone can check. With clang it needs nothing more:
 //
 //   clang++ -std=c++20 -fsanitize=fuzzer,address,undefined fuzz/decoder.cpp -o decoder && ./decoder
 //
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../csrc/wire_convert.h"
-#include "../csrc/wire_crc.h"
+#include "../csrc/wire_pass.h"
 
 namespace {
 
@@ -45,19 +45,22 @@ uint32_t slow_crc(const uint8_t* p, size_t n) {
   return ~crc;
 }
 
-// The same in one piece and in any pieces, by every version that this processor can run.
+// The same in one piece and in any pieces, copied on the way or not, by every version that this processor can run.
 void check_crc(uint8_t step, const std::vector<uint8_t>& bytes) {
   const uint32_t wanted = slow_crc(bytes.data(), bytes.size());
-  for (const wire::Update update : wire::updates()) {
-    require(~update(0xFFFFFFFF, bytes.data(), bytes.size()) == wanted, "a CRC in one piece is that of its bits");
-    uint32_t crc = 0xFFFFFFFF;
+  for (const wire::Pass pass : wire::passes()) {
+    std::vector<uint8_t> copy(bytes.size());
+    const wire::Seen whole = pass({}, bytes.data(), copy.data(), bytes.size(), {});
+    require(~whole.crc == wanted, "a CRC in one piece is that of its bits");
+    require(copy == bytes, "a copy is the bytes");
+    wire::Seen seen;
     size_t at = 0, n = step;
     for (; at < bytes.size(); at += n, n = n * 5 + bytes[at - 1] % 7) {
       n = std::min(n, bytes.size() - at);
       if (n == 0) n = 1;
-      crc = update(crc, bytes.data() + at, n);
+      seen = pass(seen, bytes.data() + at, nullptr, n, {});
     }
-    require(~crc == wanted, "a CRC in pieces is that of the whole");
+    require(~seen.crc == wanted, "a CRC in pieces is that of the whole");
   }
 }
 
@@ -192,18 +195,25 @@ void check_int4(size_t length, const std::vector<uint8_t>& bytes) {
   }
 }
 
-void check_finite(const std::vector<uint8_t>& bytes) {
-  const auto whole = read_as<uint32_t>(bytes.data(), bytes.size());
-  const auto half = read_as<uint16_t>(bytes.data(), bytes.size());
-  bool bad = false, bad_bfloat16 = false, bad_float16 = false;
-  for (const uint32_t w : whole) bad = bad || !std::isfinite(wire::float_of(w));
-  for (const uint16_t w : half) {
-    bad_bfloat16 = bad_bfloat16 || !std::isfinite(slow_decode(w, 7, 127));
-    bad_float16 = bad_float16 || !std::isfinite(slow_decode(w, 10, 15));
+// As many floats of a kind as there are, searched in one pass.
+template <class T>
+void check_finite_of(int64_t kind, const std::vector<uint8_t>& bytes, bool (*finite)(T)) {
+  const auto w = read_as<T>(bytes.data(), bytes.size());
+  const bool bad = !std::all_of(w.begin(), w.end(), finite);
+  const wire::Search search = wire::search_of(kind);
+  for (const wire::Pass pass : wire::passes()) {
+    const auto* const from = reinterpret_cast<const uint8_t*>(w.data());
+    const wire::Seen seen = pass({}, from, nullptr, w.size() * sizeof(T), search);
+    require(((seen.found & search.sign) != 0) == bad, "inf, NaN and scales too large are seen");
   }
-  require(wire::any_at_least(whole.data(), whole.size(), 0x7F800000) == bad, "inf and NaN are seen, float32");
-  require(wire::any_at_least(half.data(), half.size(), uint16_t{0x7F80}) == bad_bfloat16, "... bfloat16");
-  require(wire::any_at_least(half.data(), half.size(), uint16_t{0x7C00}) == bad_float16, "... float16");
+}
+
+void check_finite(const std::vector<uint8_t>& bytes) {
+  check_finite_of<uint8_t>(0, bytes, [](uint8_t) { return true; });
+  check_finite_of<uint32_t>(1, bytes, [](uint32_t w) { return std::isfinite(wire::float_of(w)); });
+  check_finite_of<uint16_t>(2, bytes, [](uint16_t w) { return std::isfinite(slow_decode(w, 7, 127)); });
+  check_finite_of<uint16_t>(3, bytes, [](uint16_t w) { return std::isfinite(slow_decode(w, 10, 15)); });
+  check_finite_of<uint32_t>(4, bytes, [](uint32_t w) { return std::abs(wire::float_of(w)) < 0x1p121f; });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ def run(name: str, device_of: Tensor, *args: Any) -> Any:
     body = body_for(device_of)
     if body == "reference" or (body == "triton" and not torch.compiler.is_compiling()):
         return getattr(module_of(name, body), name)(*args)
-    return getattr(torch.ops.fibecfed, name)(*args)
+    return getattr(torch.ops.fibecfed, name).default(*args)  # spares the search for an overload
 
 
 def module_of(name: str, body: str) -> ModuleType:

@@ -31,12 +31,13 @@ SCHEMAS = {
     "wire_accumulate_": "(Tensor(a!) sum, Tensor values, Tensor scales, Tensor table, float weight) -> ()",
     "wire_digest": "(Tensor buffer, Tensor ranges) -> Tensor",
 }
-# whole messages in one call, which other bodies make of the ops above (wire/frame.py)
+# Whole messages in one call, which other bodies make of the ops above (wire/frame.py). They answer in integers, which
+# spare the cold caches a tensor, and have no fakes: nothing that is traced calls them.
 FUSED = {
     "wire_write_": "(Tensor data, Tensor table, Tensor ranges, Tensor header, Tensor places, int round,"
-    " int num_samples, int base, Tensor(a!) message) -> Tensor",
+    " int num_samples, int base, Tensor(a!) message) -> int",
     "wire_read_": "(Tensor message, Tensor table, Tensor ranges, Tensor header, Tensor places, int round, int base,"
-    " float weight, Tensor(a!) target) -> Tensor",
+    " float weight, Tensor(a!) target) -> (int, int, int)",
 }
 CPU_ONLY = {"wire_digest"}  # reads messages, which are in the host's memory
 
@@ -123,13 +124,3 @@ def _(*args: Any) -> None:
 @torch.library.register_fake("fibecfed::wire_digest", lib=_library)
 def _(buffer: Tensor, ranges: Tensor) -> Tensor:
     return ranges.new_empty((ranges.shape[0], 2))
-
-
-@torch.library.register_fake("fibecfed::wire_write_", lib=_library)
-def _(data: Tensor, table: Tensor, ranges: Tensor, header: Tensor, places: Tensor, *_: Any) -> Tensor:
-    return places.new_empty(1)
-
-
-@torch.library.register_fake("fibecfed::wire_read_", lib=_library)
-def _(message: Tensor, table: Tensor, ranges: Tensor, header: Tensor, places: Tensor, *_: Any) -> Tensor:
-    return places.new_empty(3)

@@ -68,7 +68,7 @@ class Frame:
         defined.
         """
         if runs_cpp(data) and not self.agreed.sparse:
-            bad = int(torch.ops.fibecfed.wire_write_(data, table, *self._constants, *message, base, out))
+            bad = torch.ops.fibecfed.wire_write_.default(data, table, *self._constants, *message, base, out)
             return None if bad < 0 else bad
         payload = out[self.header.nbytes :]
         staged = payload if data.is_cpu else torch.empty_like(payload, device=data.device)
@@ -96,7 +96,7 @@ class Frame:
         if self.agreed.sparse or not runs_cpp(target) or len(raw) != self.nbytes:
             return None
         wanted = -1 if round is None else round
-        found = torch.ops.fibecfed.wire_read_(raw, table, *self._constants, wanted, base, weight, target).tolist()
+        found = torch.ops.fibecfed.wire_read_.default(raw, table, *self._constants, wanted, base, weight, target)
         return Message(*found[1:]) if found[0] else None
 
     def check(self, header: dict[str, Any], payload: Tensor, base: int) -> Message:

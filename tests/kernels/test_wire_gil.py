@@ -74,7 +74,7 @@ def most(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     most: Counter[str] = Counter()
 
     def watched(name: str) -> Callable[..., Any]:
-        op = getattr(torch.ops.fibecfed, name)
+        op = getattr(torch.ops.fibecfed, name).default
 
         def call(*args: Any) -> Any:
             steps, result = witness.during(lambda: op(*args))
@@ -85,7 +85,7 @@ def most(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     for name in (*SCHEMAS, *FUSED):
         if name.startswith("wire_"):
-            monkeypatch.setattr(torch.ops.fibecfed, name, watched(name))
+            monkeypatch.setattr(getattr(torch.ops.fibecfed, name), "default", watched(name))
     return most
 
 

@@ -184,21 +184,27 @@ def test_one_value_that_is_not_finite_is_found_anywhere(body: str, dtype: torch.
 
 
 @needs_cpp
-def test_the_checksum_is_the_same_by_every_version(tmp_path: Path) -> None:
+def test_checksum_and_copy_are_the_same_by_every_version(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler here")
     source = tmp_path / "main.cpp"
     source.write_text("""
         #include <cstdio>
-        #include "wire_crc.h"
+        #include "wire_pass.h"
         int main() {
-          static uint8_t bytes[9000];
+          static uint8_t bytes[9000], copied[9000];
           for (int i = 0; i < 9000; ++i) bytes[i] = static_cast<uint8_t>(i * i >> 3);
-          for (auto update : wire::updates())
+          for (auto pass : wire::passes())
             for (int start : {0, 1, 3})
-              for (int n = 0; n < 8990; n += n < 1300 ? 1 : 97)
-                if (wire::update_portable(~0u - n, bytes + start, n) != update(~0u - n, bytes + start, n)) return 1;
+              for (int n = 0; n < 8990; n += n < 1300 ? 1 : 97) {
+                const uint32_t crc = wire::update_portable(~0u - n, bytes + start, n);
+                const auto seen = pass({~0u - n, 0}, bytes + start, nullptr, n, wire::search_of(0));
+                std::memset(copied, 0xEE, sizeof copied);
+                const auto also = pass({~0u - n, 0}, bytes + start, copied + 1, n, wire::search_of(0));
+                if (seen.crc != crc || also.crc != crc) return 1;
+                if (std::memcmp(copied + 1, bytes + start, n) || copied[0] != 0xEE || copied[n + 1] != 0xEE) return 2;
+              }
           std::printf("%08x", ~wire::update_portable(~0u, reinterpret_cast<const uint8_t*>("123456789"), 9));
         }""")
     subprocess.run([compiler, "-std=c++20", "-O1", f"-I{CSRC}", source, "-o", tmp_path / "main"], check=True)
