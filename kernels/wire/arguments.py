@@ -19,14 +19,19 @@ SMALLEST, LARGEST = 1e-100, 1e100  # of a weight: weight · value stays exact to
 Buffer = Tensor | bytes | bytearray | memoryview
 
 
-def check_flat(flat: FlatBuffers) -> None:
-    if not all(hasattr(flat, name) for name in ("data", "entries", "identity")):
-        raise TypeError(f"flat: {type(flat).__name__}, wanted a FlatAdapter (data, entries and identity)")
+def checked_flat(flat: FlatBuffers) -> tuple[Tensor, Sequence[Entry], Mapping[str, str]]:
+    """Data, entries and identity of an adapter that has them."""
+    try:
+        data, entries, identity = flat.data, flat.entries, flat.identity
+    except AttributeError:
+        what = type(flat).__name__
+        raise TypeError(f"flat: {what}, wanted a FlatAdapter (data, entries and identity)") from None
     check = getattr(flat, "check", None)
     if check is not None:
         check(gradients=False)
-    if not isinstance(flat.data, Tensor):
-        raise TypeError(f"flat.data: {type(flat.data).__name__}, wanted a torch.Tensor")
+    if not isinstance(data, Tensor):
+        raise TypeError(f"flat.data: {type(data).__name__}, wanted a torch.Tensor")
+    return data, entries, identity
 
 
 def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str, sparse: bool) -> int:

@@ -93,7 +93,7 @@ class Frame:
         target: float32, the values, or empty for none; float64: target += weight · values, where a weight below 0
         stands for the message's sample count.
         """
-        if self.agreed.sparse or not runs_cpp(target) or len(raw) != self.nbytes:
+        if self.agreed.sparse or not runs_cpp(target) or raw.numel() != self.nbytes:
             return None
         wanted = -1 if round is None else round
         found = torch.ops.fibecfed.wire_read_.default(raw, table, *self._constants, wanted, base, weight, target)

@@ -13,11 +13,11 @@ from .arguments import (
     Buffer,
     bytes_of,
     check_entries,
-    check_flat,
     check_out,
     check_values,
     check_written,
     checked_count,
+    checked_flat,
     checked_weight,
     sorted_layers,
 )
@@ -71,13 +71,14 @@ class WirePlan:
     ) -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r}, wanted one of the names {', '.join(map(repr, DTYPES))}")
-        check_flat(flat)
+        _, entries, identity = checked_flat(flat)
         self.dtype: WireDtype = dtype
         for name, option in (("delta", delta), ("sparse", sparse)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name}: {option!r}, wanted True or False")
         self.delta, self.sparse = delta, sparse
-        self._entries, self._identity = tuple(flat.entries), dict(flat.identity)
+        self._entries, self._identity = tuple(entries), dict(identity)
+        self._equal_entries = self._entries  # an equal tuple that was seen last: comparing all of them costs time
         self._flat_numel = check_entries(self._entries, self._identity, dtype, self.sparse)
         self.layers = sorted_layers(layers, self._entries)
         self._data(flat)
@@ -279,14 +280,17 @@ class WirePlan:
 
     def _data(self, flat: FlatBuffers) -> Tensor:
         """The flat buffer without autograd, if it is the adapter that the plan was made for."""
-        check_flat(flat)
-        data = flat.data.detach()
+        data, entries, identity = checked_flat(flat)
+        if data.requires_grad:
+            data = data.detach()
         if data.dtype != torch.float32 or data.shape != (self._flat_numel,) or not data.is_contiguous():
             what = f"{data.dtype} {tuple(data.shape)}"
             raise ValueError(f"flat.data: {what}, wanted contiguous torch.float32 ({self._flat_numel},)")
-        if flat.entries is not self._entries and tuple(flat.entries) != self._entries:
-            raise ValueError("flat.entries: not those that the plan was made for")
-        if flat.identity != self._identity:
+        if entries is not self._equal_entries:
+            if tuple(entries) != self._entries:
+                raise ValueError("flat.entries: not those that the plan was made for")
+            self._equal_entries = entries if type(entries) is tuple else self._entries
+        if identity != self._identity:
             raise ValueError("flat.identity: not that which the plan was made for")
         return data
 

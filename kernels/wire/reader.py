@@ -17,13 +17,19 @@ OWN = -1.0  # as a weight: the message's own sample count
 
 
 class Opened(NamedTuple):
-    """A message that passed every check. rows: those of a sparse one. decoded: its values are in the target."""
+    """A message that passed every check: its bytes, where its data begins. rows: those of a sparse one. decoded: its
+    values are in the target."""
 
     frame: Frame
-    payload: Tensor
+    raw: Tensor
+    start: int
     message: Message
     rows: Tensor | None
     decoded: bool
+
+    @property
+    def payload(self) -> Tensor:
+        return self.raw[self.start :]
 
 
 class Target(NamedTuple):
@@ -52,7 +58,7 @@ def opened(
         raise LengthError("length", f"{len(raw)} bytes, wanted at most {max_bytes} (max_bytes)")
     message = frame.read_ours(raw, target.table, round, base, target.buffer, target.weight)
     if message is not None:
-        return Opened(frame, raw[frame.header.nbytes :], message, None, True)
+        return Opened(frame, raw, frame.header.nbytes, message, None, True)
     size = size_of(raw[:LENGTH_BYTES].numpy().tobytes(), len(raw), frame.header.limit)
     header = parsed(raw[LENGTH_BYTES:size].numpy().tobytes())
     payload, indices = raw[size:], None
@@ -64,4 +70,4 @@ def opened(
         raise RoundError("metadata.round", f"{message.round}, wanted {round}")
     if rows is not None:
         indices = rows.read(frame.indices(payload), frame.parts)
-    return Opened(frame, payload, message, indices, False)
+    return Opened(frame, raw, size, message, indices, False)

@@ -28,6 +28,9 @@ class Base(NamedTuple):
         return self.values.to(device)
 
 
+NO_BASE = Base(None, 0)
+
+
 class Sent(NamedTuple):
     """What is sent of the differences (or values): all, or those at ``positions``, with the rows' indices."""
 
@@ -49,7 +52,7 @@ class Relation:
         if not self.frame.agreed.based:
             if base is not None:
                 raise ValueError("base: given, wanted None: the plan is neither delta nor sparse")
-            return Base(None, 0)
+            return NO_BASE
         if base is None:
             raise ValueError(f"base: None, wanted float32 ({self.frame.numel},): the plan is delta or sparse")
         check_values("base", base, torch.float32, self.frame.numel)
