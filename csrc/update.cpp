@@ -7,12 +7,12 @@
 #include "update_rows.h"
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <optional>
 
 namespace {
 
-using fibecfed::count_active;
 using fibecfed::for_tasks;
 using fibecfed::kLinesPerTask;
 using fibecfed::Rows;
@@ -21,9 +21,14 @@ using fibecfed::ScalarType;
 using fibecfed::Tensor;
 using fibecfed::values;
 
-constexpr int64_t kRows = 64;  // looked at together
-constexpr int64_t kAhead = 8;
-constexpr int64_t kShort = 64;  // values of a run that is not foreseen
+// What is stepped in one call: runs of `count` consecutive values that have made as many steps, this one included, at
+// one learning rate.
+struct Runs {
+  const int64_t* offsets;
+  int64_t n, count;
+  int32_t step;
+  double lr;
+};
 
 struct AdamW {
   float decay, lerp_weight, beta2, one_minus_beta2, sqrt_correction2, eps, minus_step_size, grad_scale;
@@ -51,7 +56,7 @@ float factor(const std::optional<Tensor>& grad_scale, bool& scaled) {
 struct Rates {
   double lr;
   const double* scales;
-  double of(int32_t line) const { return scales == nullptr ? lr : lr * scales[line]; }
+  double of(int64_t line) const { return scales == nullptr ? lr : lr * scales[line]; }
 };
 
 Rates rates_of(double lr, const std::optional<Tensor>& lr_scale, int64_t lines) {
@@ -63,92 +68,80 @@ Rates rates_of(double lr, const std::optional<Tensor>& lr_scale, int64_t lines) 
   return {lr, lr_scale->const_data_ptr<double>()};
 }
 
-struct Run {
-  int64_t offset, count;  // values
-  int32_t step, line;
+// Consecutive rows of the same length and learning rate.
+struct Block {
+  int64_t offset, first, rows, length;  // of the first value, of the first row
+  double lr;
 };
 
-// Counts up the steps of the active rows among [first, first + rows), at most kRows, and appends what to update. A mask
-// is hard to foresee, so there is no branch on a single row.
-int64_t find_runs(
-    const Rows& r, int32_t line, int64_t first, int64_t rows, int64_t offset, int64_t length, Run* runs,
-    int64_t found) {
-  const uint8_t* const mask = r.mask + first;
-  int32_t* const steps = r.steps + first;
-  const int64_t active = count_active(mask, rows);
-  if (active == 0) return found;
-  if (active == rows) {
-    bool same = true;
-    for (int64_t i = 0; i < rows; ++i) same &= steps[i] == steps[0];
-    if (same) {
-      for (int64_t i = 0; i < rows; ++i) ++steps[i];
-      runs[found++] = {offset, rows * length, steps[0], line};
-      return found;
+// The active ones among at most kRows rows of a block, their steps counted up.
+class Active {
+ public:
+  static constexpr int64_t kRows = 512;
+
+  Active(const Rows& r, const Block& block) : length_(block.length), lr_(block.lr) {
+    for (int64_t row = 0; row < block.rows; row += 64) {
+      const int64_t rows = std::min<int64_t>(64, block.rows - row), offset = block.offset + row * length_;
+      int32_t* const steps = r.steps + block.first + row;
+      uint64_t bits = fibecfed::active_bits(r.mask + block.first + row, rows);
+      const int64_t active = std::popcount(bits), end = n_ + active;
+      if (active == rows) {  // the same without looking for them
+        for (int64_t i = 0; i < rows; ++i) offsets_[n_ + i] = offset + i * length_;
+        for (int64_t i = 0; i < rows; ++i) steps_[n_ + i] = ++steps[i];
+        n_ = end;
+      }
+      for (; n_ < end; ++n_, bits &= bits - 1) {
+        const int64_t i = std::countr_zero(bits);
+        offsets_[n_] = offset + i * length_;
+        steps_[n_] = ++steps[i];
+      }
+    }
+    for (int64_t i = 1; i < n_; ++i) differ_ |= steps_[i] ^ steps_[0];
+    if (n_ == block.rows && differ_ == 0) {  // a single run
+      n_ = std::min<int64_t>(n_, 1);
+      length_ *= block.rows;
     }
   }
-  const int64_t end = found + active;
-  for (int64_t i = 0, at = found; i < rows; ++i) {
-    runs[at] = {offset + i * length, length, static_cast<int32_t>(i), line};
-    at += mask[i] != 0;
-  }
-  for (; found < end; ++found) runs[found].step = ++steps[runs[found].step];
-  return end;
-}
 
-// Runs that are updated together; there is room for one more than there can be, since find_runs writes before it knows
-// whether a row is active.
-struct Batch {
-  std::array<Run, 2 * kRows + 1> runs;
-  int64_t found = 0;
+  template <class Step>
+  void for_runs(Step& step) const {
+    for (int64_t i = 0, n = 0; i < n_; i += n) {
+      n = differ_ == 0 ? n_ : 1;
+      while (i + n < n_ && steps_[i + n] == steps_[i]) ++n;
+      step(Runs{offsets_.data() + i, n, length_, steps_[i], lr_});
+    }
+  }
+
+ private:
+  int64_t length_, n_ = 0;
+  double lr_;
+  int32_t differ_ = 0;
+  std::array<int64_t, kRows> offsets_;
+  std::array<int32_t, kRows> steps_;
 };
 
-// Calls update(batch, the batch after it) for all active rows, on several threads.
-template <class Update>
-void for_active_runs(const Rows& r, int64_t bytes_per_value, const Update& update) {
+// step(runs) for all active rows, on several threads.
+template <class Step>
+void for_active_runs(const Rows& r, const Rates& rates, int64_t bytes_per_value, const Step& step) {
   for_tasks(r, bytes_per_value, [&](const auto& next) {
-    auto own = update;  // a copy for this thread: it remembers the constants of the steps it met
-    std::array<Batch, 2> batches;
-    int now = 0;
-    const auto turn = [&] {
-      own(batches[1 - now], batches[now]);
-      now = 1 - now;
-      batches[now].found = 0;
-    };
+    auto own = step;  // a copy for this thread: it remembers the constants of the steps it met
     for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t last_line = std::min(r.lines, (task + 1) * kLinesPerTask);
-      for (int64_t line = task * kLinesPerTask; line < last_line; ++line) {
-        const int64_t* const at = r.layout + 4 * line;
-        for (int64_t row = 0; row < at[2]; row += kRows) {
-          Batch& batch = batches[now];
-          batch.found = find_runs(
-              r, static_cast<int32_t>(line), at[1] + row, std::min(kRows, at[2] - row), at[0] + row * at[3], at[3],
-              batch.runs.data(), batch.found);
-          if (batch.found > kRows) turn();
+      const int64_t last = std::min(r.lines, (task + 1) * kLinesPerTask);
+      for (int64_t line = task * kLinesPerTask; line < last;) {
+        const int64_t* at = r.layout + 4 * line;
+        Block block{at[0], at[1], at[2], at[3], rates.of(line)};
+        for (++line, at += 4; line < last && at[3] == block.length && at[1] == block.first + block.rows &&
+             at[0] == block.offset + block.rows * block.length && rates.of(line) == block.lr; ++line, at += 4)
+          block.rows += at[2];
+        for (const int64_t end = block.first + block.rows; block.first < end;) {
+          block.rows = std::min(Active::kRows, end - block.first);
+          Active(r, block).for_runs(own);
+          block.first += block.rows;
+          block.offset += block.rows * block.length;
         }
       }
     }
-    turn();
-    turn();
   });
-}
-
-// one(run) for the runs of a batch. Rows are as scattered as the mask has them, so that the processor does not foresee
-// them: what the next batch needs is asked for into the second-level cache, as many runs a time as are updated, and what
-// a few runs on need into the first. Long runs are foreseen.
-template <class One, class... Buffers>
-inline void for_runs(const Batch& batch, const Batch& next, const One& one, const Buffers*... buffers) {
-  // (inlined by force: GCC takes a function that only prefetches for one that does nothing, and drops the call)
-  const auto ask = [&](const Run& run) __attribute__((always_inline)) {
-    if (run.count > kShort) return;
-    for (int64_t i = 0; i < run.count; i += 16) (__builtin_prefetch(buffers + run.offset + i, 0, 2), ...);
-  };
-  const Run *const runs = batch.runs.data(), *const later = next.runs.data();
-  for (int64_t i = batch.found; i < next.found; ++i) ask(later[i]);
-  for (int64_t i = 0; i < batch.found; ++i) {
-    if (i < next.found) ask(later[i]);
-    if (i + kAhead < batch.found) (__builtin_prefetch(buffers + runs[i + kAhead].offset, 1), ...);
-    one(runs[i]);
-  }
 }
 
 void masked_adamw_(
@@ -162,7 +155,7 @@ void masked_adamw_(
   float* const v = values("exp_avg_sq", exp_avg_sq, numel);
   const Rows rows = rows_of(numel, steps, mask, layout);
   const Rates rates = rates_of(lr, lr_scale, rows.lines);
-  const auto kernel = FIBECFED_BEST(adamw_values);
+  const auto kernel = FIBECFED_BEST(adamw_runs);
 
   AdamW constants{};
   const float weight = static_cast<float>(1 - beta1);
@@ -180,28 +173,23 @@ void masked_adamw_(
     float sqrt_correction2 = 0.0f, minus_step_size = 0.0f, decay = 0.0f;
     double correction1 = 0.0, lr = 0.0;
   };
-  for_active_runs(rows, 28, [=, met = std::array<Correction, 16>{}](const Batch& batch, const Batch& next) mutable {
-    const auto one = [&](const Run& run) {
-      const double rate = rates.of(run.line);
-      Correction& of = met[run.step & 15];
-      const bool counted = of.step == run.step;
-      if (!counted) {
-        of.step = run.step;
-        of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, run.step), 0.5));
-        of.correction1 = 1 - std::pow(beta1, run.step);
-      }
-      if (!counted || of.lr != rate) {
-        of.lr = rate;
-        of.minus_step_size = static_cast<float>(-(rate / of.correction1));
-        of.decay = static_cast<float>(1 - rate * weight_decay);
-      }
-      constants.sqrt_correction2 = of.sqrt_correction2;
-      constants.minus_step_size = of.minus_step_size;
-      constants.decay = of.decay;
-      const int64_t offset = run.offset;
-      kernel(run.count, constants, p + offset, g + offset, m + offset, v + offset);
-    };
-    for_runs(batch, next, one, p, g, m, v);
+  for_active_runs(rows, rates, 28, [=, met = std::array<Correction, 16>{}](const Runs& runs) mutable {
+    Correction& of = met[runs.step & 15];
+    const bool counted = of.step == runs.step;
+    if (!counted) {
+      of.step = runs.step;
+      of.sqrt_correction2 = static_cast<float>(std::pow(1 - std::pow(beta2, of.step), 0.5));
+      of.correction1 = 1 - std::pow(beta1, of.step);
+    }
+    if (!counted || of.lr != runs.lr) {
+      of.lr = runs.lr;
+      of.minus_step_size = static_cast<float>(-(of.lr / of.correction1));
+      of.decay = static_cast<float>(1 - of.lr * weight_decay);
+    }
+    constants.sqrt_correction2 = of.sqrt_correction2;
+    constants.minus_step_size = of.minus_step_size;
+    constants.decay = of.decay;
+    kernel(runs, constants, p, g, m, v);
   });
 }
 
@@ -215,7 +203,7 @@ void masked_sgd_(
   float* const b = momentum == 0 ? nullptr : values("momentum_buffer", momentum_buffer, numel);
   const Rows rows = rows_of(numel, steps, mask, layout);
   const Rates rates = rates_of(lr, lr_scale, rows.lines);
-  const auto kernel = FIBECFED_BEST(sgd_values);
+  const auto kernel = FIBECFED_BEST(sgd_runs);
   Sgd constants{};
   constants.momentum = static_cast<float>(momentum);
   constants.one_minus_dampening = static_cast<float>(1 - dampening);
@@ -223,13 +211,9 @@ void masked_sgd_(
   constants.nesterov = nesterov;
   constants.has_momentum = momentum != 0;
   constants.grad_scale = factor(grad_scale, constants.scaled);
-  for_active_runs(rows, b == nullptr ? 12 : 20, [=](const Batch& batch, const Batch& next) mutable {
-    const auto one = [&](const Run& run) {
-      constants.minus_lr = static_cast<float>(-rates.of(run.line));
-      const int64_t offset = run.offset;
-      kernel(run.count, constants, run.step == 1, p + offset, g + offset, b == nullptr ? b : b + offset);
-    };
-    for_runs(batch, next, one, p, g);
+  for_active_runs(rows, rates, b == nullptr ? 12 : 20, [=](const Runs& runs) mutable {
+    constants.minus_lr = static_cast<float>(-runs.lr);
+    kernel(runs, constants, p, g, b);
   });
 }
 

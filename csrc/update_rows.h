@@ -51,18 +51,32 @@ inline Rows rows_of(int64_t numel, const std::optional<Tensor>& steps, const Ten
   return rows;
 }
 
+// 0 or 1 in each byte: whether that of the mask is true.
+inline uint64_t eight_rows(const uint8_t* mask) {
+  uint64_t eight;
+  std::memcpy(&eight, mask, 8);
+  eight |= eight >> 4 & 0x0F0F0F0F0F0F0F0Fu;
+  eight |= eight >> 2 & 0x0303030303030303u;
+  eight |= eight >> 1;
+  return eight & 0x0101010101010101u;
+}
+
 inline int64_t count_active(const uint8_t* mask, int64_t rows) {
   int64_t count = 0, row = 0;
-  for (; row + 8 <= rows; row += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, mask + row, 8);
-    eight |= eight >> 4 & 0x0F0F0F0F0F0F0F0Fu;  // into the lowest bit of each byte: whether it has any
-    eight |= eight >> 2 & 0x0303030303030303u;
-    eight |= eight >> 1;
-    count += static_cast<int64_t>((eight & 0x0101010101010101u) * 0x0101010101010101u >> 56);  // their sum
-  }
+  for (; row + 8 <= rows; row += 8)
+    count += static_cast<int64_t>(eight_rows(mask + row) * 0x0101010101010101u >> 56);  // their sum
   for (; row < rows; ++row) count += mask[row] != 0;
   return count;
+}
+
+// A bit for each of at most 64 rows.
+inline uint64_t active_bits(const uint8_t* mask, int64_t rows) {
+  uint64_t bits = 0;
+  int64_t row = 0;
+  for (; row + 8 <= rows; row += 8)
+    bits |= (eight_rows(mask + row) * 0x0102040810204080u >> 56) << row;  // byte i ends as bit i of the highest byte
+  for (; row < rows; ++row) bits |= uint64_t{mask[row] != 0} << row;
+  return bits;
 }
 
 // Calls worker(next) on several threads; each takes some of the tasks of kLinesPerTask lines.
