@@ -6,6 +6,7 @@
 #include "simd.h"
 #include "update_rows.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -13,6 +14,7 @@
 
 namespace {
 
+using fibecfed::check_apart;
 using fibecfed::for_tasks;
 using fibecfed::kLinesPerTask;
 using fibecfed::Rows;
@@ -65,7 +67,10 @@ Rates rates_of(double lr, const std::optional<Tensor>& lr_scale, int64_t lines) 
       lr_scale->scalar_type() == ScalarType::Double && lr_scale->dim() == 1 && lr_scale->numel() == lines &&
           lr_scale->is_contiguous(),
       "lr_scale: wanted contiguous float64 (", lines, ",)");
-  return {lr, lr_scale->const_data_ptr<double>()};
+  const double* const scales = lr_scale->const_data_ptr<double>();
+  const bool good = std::all_of(scales, scales + lines, [](double one) { return one >= 0 && std::isfinite(one); });
+  STD_TORCH_CHECK(good, "lr_scale: wanted finite numbers that are not negative");
+  return {lr, scales};
 }
 
 // Consecutive rows of the same length and learning rate.
@@ -155,6 +160,9 @@ void masked_adamw_(
   float* const v = values("exp_avg_sq", exp_avg_sq, numel);
   const Rows rows = rows_of(numel, steps, mask, layout);
   const Rates rates = rates_of(lr, lr_scale, rows.lines);
+  check_apart(
+      {{data, true}, {grad, false}, {exp_avg, true}, {exp_avg_sq, true}, {steps, true}, {mask, false}, {layout, false},
+       grad_scale, lr_scale});
   const auto kernel = FIBECFED_BEST(adamw_runs);
 
   AdamW constants{};
@@ -200,9 +208,14 @@ void masked_sgd_(
   const int64_t numel = data.numel();
   float* const p = values("data", data, numel);
   const float* const g = values("grad", grad, numel);
-  float* const b = momentum == 0 ? nullptr : values("momentum_buffer", momentum_buffer, numel);
+  const bool has_buffer = momentum != 0 || momentum_buffer.numel() != 0;
+  float* const given = has_buffer ? values("momentum_buffer", momentum_buffer, numel) : nullptr;
+  float* const b = momentum == 0 ? nullptr : given;
   const Rows rows = rows_of(numel, steps, mask, layout);
   const Rates rates = rates_of(lr, lr_scale, rows.lines);
+  check_apart(
+      {{data, true}, {grad, false}, {momentum_buffer, true}, {steps, true}, {mask, false}, {layout, false}, grad_scale,
+       lr_scale});
   const auto kernel = FIBECFED_BEST(sgd_runs);
   Sgd constants{};
   constants.momentum = static_cast<float>(momentum);

@@ -4,6 +4,7 @@
 #include "common.h"
 
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 
@@ -21,8 +22,9 @@ struct Rows {
 
 inline float* values(const char* name, const Tensor& tensor, int64_t numel) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Float && tensor.numel() == numel && tensor.is_contiguous(), name,
-      ": wanted contiguous float32 (", numel, ",)");
+      tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.numel() == numel &&
+          tensor.is_contiguous(),
+      name, ": wanted contiguous float32 (", numel, ",)");
   return tensor.mutable_data_ptr<float>();
 }
 
@@ -31,7 +33,8 @@ inline Rows rows_of(int64_t numel, const std::optional<Tensor>& steps, const Ten
       mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
       "mask: wanted contiguous bool (rows,)");
   STD_TORCH_CHECK(
-      !steps || (steps->scalar_type() == ScalarType::Int && steps->numel() == mask.numel() && steps->is_contiguous()),
+      !steps || (steps->scalar_type() == ScalarType::Int && steps->dim() == 1 && steps->numel() == mask.numel() &&
+                 steps->is_contiguous()),
       "steps: wanted contiguous int32 (", mask.numel(), ",)");
   STD_TORCH_CHECK(
       layout.scalar_type() == ScalarType::Long && layout.dim() == 2 && layout.size(1) == 4 && layout.is_contiguous() &&
@@ -40,15 +43,38 @@ inline Rows rows_of(int64_t numel, const std::optional<Tensor>& steps, const Ten
   const Rows rows{
       steps ? steps->mutable_data_ptr<int32_t>() : nullptr, static_cast<const uint8_t*>(mask.data_ptr()), mask.numel(),
       layout.const_data_ptr<int64_t>(), layout.size(0)};
-  bool inside = true;  // a wrong layout would write into other people's memory
+  int64_t value = 0, row = 0;  // of the next line: a wrong layout would write into other people's memory
+  bool inside = true;
   for (const int64_t* at = rows.layout; at != rows.layout + 4 * rows.lines; at += 4) {
     int64_t values = 0;
-    inside = inside && at[0] >= 0 && at[1] >= 0 && at[2] >= 0 && at[3] >= 0 && at[1] <= rows.num_rows &&
-             at[2] <= rows.num_rows - at[1] && !__builtin_mul_overflow(at[2], at[3], &values) && at[0] <= numel &&
-             values <= numel - at[0];
+    inside = inside && at[0] == value && at[1] == row && at[2] >= 0 && at[3] >= 0 && at[2] <= rows.num_rows - row &&
+             !__builtin_mul_overflow(at[2], at[3], &values) && values <= numel - value;
+    if (inside) value += values, row += at[2];
   }
-  STD_TORCH_CHECK(inside, "layout: a line reaches beyond data or mask");
+  STD_TORCH_CHECK(
+      inside && value == numel && row == rows.num_rows, "layout: its lines do not cover data and mask, or reach beyond");
   return rows;
+}
+
+// What an op is given of somebody's memory.
+struct Memory {
+  Memory(const Tensor& tensor, bool written)
+      : start(reinterpret_cast<uintptr_t>(tensor.data_ptr())),
+        end(start + tensor.numel() * tensor.element_size()), written(written) {}
+  Memory(const std::optional<Tensor>& tensor) : Memory() {
+    if (tensor) *this = Memory(*tensor, false);
+  }
+  Memory() = default;
+  uintptr_t start = 0, end = 0;
+  bool written = false;
+};
+
+inline void check_apart(std::initializer_list<Memory> all) {
+  bool apart = true;
+  for (const Memory& a : all)
+    for (const Memory& b : all)
+      apart = apart && (&a == &b || !(a.written || b.written) || a.end <= b.start || b.end <= a.start);
+  STD_TORCH_CHECK(apart, "a tensor that is written shares memory with another");
 }
 
 // 0 or 1 in each byte: whether that of the mask is true.

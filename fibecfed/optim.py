@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fibecfed_kernels import masked_adamw_, masked_grad_norm, masked_sgd_
-from fibecfed_kernels.update.hyper import check_adamw, check_positive, check_sgd
+from fibecfed_kernels.update.hyper import check_positive, checked_adamw, checked_sgd
 
 from .adapter import FlatAdapter
 
@@ -232,7 +232,7 @@ class MaskedAdamW(_Masked):
         max_grad_norm: float | None = None,
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
-        check_adamw(lr, betas, eps, weight_decay)
+        checked_adamw(lr, betas, eps, weight_decay)
         shared = {"max_grad_norm": max_grad_norm, "loraplus_lr_ratio": loraplus_lr_ratio}
         super().__init__(flat, mask, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **shared})
 
@@ -260,7 +260,7 @@ class MaskedSGD(_Masked):
         max_grad_norm: float | None = None,
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
-        check_sgd(lr, momentum, dampening, weight_decay, nesterov)
+        checked_sgd(lr, momentum, dampening, weight_decay, nesterov)
         hyper = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
         shared = {"max_grad_norm": max_grad_norm, "loraplus_lr_ratio": loraplus_lr_ratio}
         super().__init__(flat, mask, {"lr": lr, **hyper, **shared})

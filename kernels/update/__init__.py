@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
+from .._backend import runs_cpp
 from .._dispatch import run
 from .arguments import check_tensors
-from .hyper import check_adamw, check_sgd
+from .hyper import checked_adamw, checked_sgd
 
 
 def masked_adamw_(
@@ -54,15 +56,13 @@ def masked_adamw_(
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or hyper-parameter, for a layout that does
     not cover the buffer line by line, and for changed tensors that share memory with any other.
     """
-    check_adamw(lr, betas, eps, weight_decay)
-    given = {"data": data, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps, "mask": mask}
+    hyper = checked_adamw(lr, betas, eps, weight_decay)
+    tensors = {
+        "data": data, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": steps, "mask": mask,
+        "layout": layout,
+    }  # fmt: skip
     scales = {"grad_scale": grad_scale, "lr_scale": lr_scale}
-    check_tensors({**given, "layout": layout, **scales}, changed=("data", "exp_avg", "exp_avg_sq", "steps"))
-    hyper = map(float, (lr, *betas, eps, weight_decay))
-    args = (data, grad, exp_avg, exp_avg_sq, steps, mask, layout, *hyper, grad_scale, lr_scale)
-    with torch.no_grad():
-        run("masked_adamw_", data, *args)
-    _changed(data, exp_avg, exp_avg_sq, steps)
+    _run("masked_adamw_", tensors, hyper, scales, ("data", "exp_avg", "exp_avg_sq", "steps"))
 
 
 def masked_sgd_(
@@ -92,18 +92,14 @@ def masked_sgd_(
     Args: as :func:`masked_adamw_`; ``momentum_buffer`` float32 (numel,), or None when ``momentum`` is 0.
     Raises: as :func:`masked_adamw_`.
     """
-    check_sgd(lr, momentum, dampening, weight_decay, nesterov)
-    given = {"data": data, "grad": grad, "momentum_buffer": momentum_buffer, "steps": steps, "mask": mask}
+    hyper = checked_sgd(lr, momentum, dampening, weight_decay, nesterov)
+    if momentum_buffer is None and momentum != 0.0:
+        raise ValueError(f"momentum_buffer: None, wanted a tensor like data, since momentum is {momentum}")
+    tensors = {
+        "data": data, "grad": grad, "momentum_buffer": momentum_buffer, "steps": steps, "mask": mask, "layout": layout,
+    }  # fmt: skip
     scales = {"grad_scale": grad_scale, "lr_scale": lr_scale}
-    check_tensors({**given, "layout": layout, **scales}, changed=("data", "momentum_buffer", "steps"))
-    if momentum_buffer is None:
-        if momentum != 0.0:
-            raise ValueError(f"momentum_buffer: None, wanted float32 ({data.numel()},) since momentum is {momentum}")
-        momentum_buffer = data.new_empty(0)
-    hyper = (float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov))
-    with torch.no_grad():
-        run("masked_sgd_", data, data, grad, momentum_buffer, steps, mask, layout, *hyper, grad_scale, lr_scale)
-    _changed(data, momentum_buffer, steps)
+    _run("masked_sgd_", tensors, hyper, scales, ("data", "momentum_buffer", "steps"))
 
 
 def masked_grad_norm(grad: Tensor, mask: Tensor, layout: Tensor) -> Tensor:
@@ -117,12 +113,36 @@ def masked_grad_norm(grad: Tensor, mask: Tensor, layout: Tensor) -> Tensor:
     Returns float32 () on the device of ``grad``; 0 where no row is active.
     Raises: as :func:`masked_adamw_`.
     """
-    check_tensors({"grad": grad, "mask": mask, "layout": layout}, changed=())
-    with torch.no_grad():
-        return cast(Tensor, run("masked_grad_norm", grad, grad, mask, layout))
+    return cast(Tensor, _run("masked_grad_norm", {"grad": grad, "mask": mask, "layout": layout}, (), {}, ()))
 
 
-def _changed(*tensors: Tensor) -> None:
-    """Tell autograd: the bodies write through raw pointers, which it does not see."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+def _run(
+    name: str,
+    tensors: Mapping[str, Tensor | None],
+    hyper: tuple[float | bool, ...],
+    scales: Mapping[str, Tensor | None],
+    changed: tuple[str, ...],
+) -> Tensor | None:
+    """Check the tensors and run the op. C++ checks by itself what it is given, so the checks in Python, which cost as
+    much as a small adapter's step, are left for what it refuses: they say by name what is wrong."""
+    given = {**tensors, **scales}
+    first = cast(Tensor, next(iter(given.values())))  # a buffer, never None unless somebody errs
+    try:
+        if not runs_cpp(first) or any(t is not None and (t.requires_grad or not t.is_cpu) for t in given.values()):
+            check_tensors(given, changed)
+            with torch.no_grad():
+                result = run(name, first, *_or_empty(first, tensors), *hyper, *scales.values())
+        else:
+            op = getattr(torch.ops.fibecfed, name).default
+            result = op(*_or_empty(first, tensors), *hyper, *scales.values())
+    except Exception:
+        check_tensors(given, changed)
+        raise
+    if changed and not torch.compiler.is_compiling():  # the bodies write through raw pointers, which autograd misses
+        torch.autograd.graph.increment_version([t for n in changed if (t := tensors[n]) is not None])
+    return cast("Tensor | None", result)
+
+
+def _or_empty(like: Tensor, tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
+    """A momentum buffer that is not there is empty to the bodies."""
+    return [like.new_empty(0) if t is None else t for t in tensors.values()]

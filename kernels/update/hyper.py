@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 
-def check_adamw(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise ValueError (TypeError for what is no number) naming the argument, unless AdamW can step with these."""
+def checked_adamw(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float, float, float, float, float]:
+    """lr, both betas, eps and weight decay as floats. Raise ValueError (TypeError for what is no number) naming the
+    argument, unless AdamW can step with these."""
     _not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas: {betas!r}, wanted two numbers in [0, 1)")
     for i, beta in enumerate(betas):
         if not 0.0 <= _number(f"betas[{i}]", beta) < 1.0:
             raise ValueError(f"betas[{i}]: {beta}, wanted 0 ≤ betas[{i}] < 1")
+    return float(lr), float(betas[0]), float(betas[1]), float(eps), float(weight_decay)
 
 
-def check_sgd(lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> None:
-    """Raise ValueError (TypeError for what is no number) naming the argument, unless SGD can step with these."""
+def checked_sgd(
+    lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool
+) -> tuple[float, float, float, float, bool]:
+    """The same, with float and bool types. Raise ValueError (TypeError for what is no number) naming the argument,
+    unless SGD can step with these."""
     _not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
     _number("dampening", dampening)
     if nesterov and not (momentum > 0.0 and dampening == 0.0):
         raise ValueError(f"nesterov: {nesterov}, wanted momentum > 0 and dampening 0 with it")
+    return float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov)
 
 
 def check_positive(**values: float) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fibecfed_kernels import Entry, masked_adamw_, masked_grad_norm, masked_sgd_, row_layout, use_backend
 
-from .bodies import bodies
+from .bodies import bodies, needs_cpp
 from .update_tools import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,14 +84,25 @@ def test_a_layout_is_checked_again_when_it_was_changed_or_serves_other_buffers()
     assert (given["steps"] == 3).all()
 
 
-def test_a_layout_is_read_once_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_is_read_once_an_object_where_reading_it_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     given, reads = arguments(), []
     to_cpu = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda self: reads.append(self) or to_cpu(self))
-    for _ in range(3):
-        masked_adamw_(**given, lr=0.1)
-        masked_grad_norm(given["grad"], given["mask"], given["layout"])
+    with use_backend("reference"):
+        for _ in range(3):
+            masked_adamw_(**given, lr=0.1)
+            masked_grad_norm(given["grad"], given["mask"], given["layout"])
     assert len(reads) == 1
+
+
+@needs_cpp
+def test_cpp_looks_at_a_layout_every_time() -> None:
+    """So that it sees what NumPy changes, which torch does not count."""
+    given = arguments()
+    masked_adamw_(**given, lr=0.1)
+    given["layout"].numpy()[3, 2] = 2
+    with pytest.raises(ValueError, match="layout: covers 49 values in 9 rows, wanted 48"):
+        masked_adamw_(**given, lr=0.1)
 
 
 ALIASES = [
@@ -191,18 +202,20 @@ def test_any_byte_but_0_of_a_mask_is_true(byte: int) -> None:
 def test_a_line_whose_size_overflows_is_refused_by_the_op_itself() -> None:
     """Under torch.compile nothing else looks at the layout."""
     layout, mask = torch.tensor([[0, 0, 4, 2**62]]), torch.tensor([True, False, True, True])
-    with pytest.raises(RuntimeError, match="layout: a line reaches beyond data or mask"):
+    with pytest.raises(RuntimeError, match="layout: its lines do not cover data and mask"):
         torch.ops.fibecfed.masked_grad_norm(torch.ones(16), mask, layout)
 
 
-def test_what_is_made_in_inference_mode_is_checked_every_time() -> None:
+@bodies
+def test_what_is_made_in_inference_mode_is_checked_every_time(body: str) -> None:
     state = State()
     with torch.inference_mode():
         lr_scale = torch.ones(len(state.layout), dtype=torch.float64)
-    state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
+    with use_backend(body):
+        state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
     with torch.inference_mode():
         lr_scale[1] = float("nan")
-    with pytest.raises(ValueError, match=r"^lr_scale: nan for line 1"):
+    with use_backend(body), pytest.raises(ValueError, match=r"^lr_scale: nan for line 1"):
         state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
 
 

@@ -149,8 +149,8 @@ def test_a_wrong_tensor_is_refused_by_name(name: str, wrong, error: type[Excepti
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"layout": torch.tensor([[0, 0, 100, 8], [8, 0, 100, 8]])}, "layout: a line reaches beyond"),
-        ({"mask": torch.ones(99, dtype=torch.bool)}, "layout: a line reaches beyond"),
+        ({"layout": torch.tensor([[0, 0, 100, 8], [8, 0, 100, 8]])}, "layout: its lines do not cover"),
+        ({"mask": torch.ones(99, dtype=torch.bool)}, "layout: its lines do not cover"),
         ({"grad": torch.ones(800).double()}, "grad: wanted contiguous float32"),
     ],
 )

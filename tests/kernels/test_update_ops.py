@@ -147,7 +147,7 @@ def test_what_is_no_number_is_refused_by_name(name):
         ({"momentum": -0.1}, "momentum: -0.1, wanted momentum ≥ 0"),
         ({"nesterov": True}, "nesterov: True, wanted momentum > 0 and dampening 0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov: "),
-        ({"momentum": 0.9, "momentum_buffer": None}, r"momentum_buffer: None, wanted float32 \(96,\)"),
+        ({"momentum": 0.9, "momentum_buffer": None}, "momentum_buffer: None, wanted a tensor like data"),
         ({"momentum": 0.9, "momentum_buffer": torch.zeros(95)}, r"momentum_buffer: .*\(95,\)"),
     ],
 )
@@ -161,8 +161,8 @@ def test_a_wrong_argument_of_sgd_is_refused_by_name(hyper, words):
     [
         ("grad", lambda t: t[1:], "grad: wanted contiguous float32"),
         ("steps", lambda t: t[1:], "steps: wanted contiguous int32"),
-        ("layout", lambda t: t + torch.tensor([8, 0, 0, 0]), "layout: a line reaches beyond data or mask"),
-        ("layout", lambda t: t + torch.tensor([0, 1, 0, 0]), "layout: a line reaches beyond data or mask"),
+        ("layout", lambda t: t + torch.tensor([8, 0, 0, 0]), "layout: its lines do not cover data and mask"),
+        ("layout", lambda t: t + torch.tensor([0, 1, 0, 0]), "layout: its lines do not cover data and mask"),
     ],
 )
 def test_the_registered_op_checks_what_would_make_it_write_elsewhere(name, wrong, words):
