@@ -166,14 +166,16 @@ Fisher fisher(
     const float* weights, std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
-  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0, product_numel = 0;
+  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0, product_numel = 0, strip_numel = 0;
   for (const Matrix& of : matrices) {
     const int64_t thin = of.thin.features, wide = of.wide.features;
     numel += thin * wide;
     bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
     groups = std::max(groups, of.groups);
     rows = std::max(rows, std::min(thin, kTaskRows));
-    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * shape_of(thin).strip);
+    const auto [strip, chunk] = shape_of(thin);
+    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * strip);
+    strip_numel = std::max(strip_numel, (strip + kTileWidth) * chunk);
     score_parts += of.score_parts;
   }
   using fibecfed::empty_floats;
@@ -192,8 +194,8 @@ Fisher fisher(
   const auto run = FIBECFED_BEST(run_task);
   fibecfed::parallel_tasks(static_cast<int64_t>(tasks.size()), bytes, [&](const auto& next) {
     const std::unique_ptr<float[]> buffer(
-        new float[kMostChunk * (rows + kTileWidth) + (weight_grad ? 3 : 2) * product_numel]);
-    float* const product = buffer.get() + kMostChunk * (rows + kTileWidth);
+        new float[kMostChunk * rows + strip_numel + (weight_grad ? 3 : 2) * product_numel]);
+    float* const product = buffer.get() + kMostChunk * rows + strip_numel;
     const Scratch scratch{
         buffer.get(), buffer.get() + kMostChunk * rows, product, product + product_numel,
         weight_grad ? product + 2 * product_numel : nullptr};

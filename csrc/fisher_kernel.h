@@ -66,10 +66,37 @@ static Ahead strip_ahead(const Task& task, int64_t token) {
   return {row, row, task.columns * size, task.columns * size, task.wide.features * size};
 }
 
+// A tile's part of a strip. in_place: read where it lies; else it is converted once into scratch, tile after tile.
+struct Column {
+  int64_t at, count, vectors, width;
+  bool in_place;
+};
+
+static inline Column column_of(const Task& task, int64_t at) {
+  constexpr int64_t tile_width = kVectors * kLanes;
+  const int64_t left = task.columns - at, count = left < tile_width ? left : tile_width;
+  const int64_t vectors = (count + kLanes - 1) / kLanes, width = vectors * kLanes;
+  const bool readable = FIBECFED_FMA || task.wide.dtype == Dtype::float32;
+  return {at, count, vectors, width, count == width && task.rows <= 2 * kRows && readable};
+}
+
+// Tokens of the strip for the tiles that do not read it in place, row by row: rows lie pages apart, and going down a
+// tile's columns instead costs more than the products.
+static void load_strip(bool as_pairs, const Task& task, int64_t token, int64_t tokens, float* scratch) {
+  const int64_t step = as_pairs ? 2 : 1;
+  for (int64_t t = 0; t < tokens; t += step) {
+    for (int64_t at = 0; at < task.columns; at += kVectors * kLanes) {
+      const Column c = column_of(task, at);
+      if (c.in_place) continue;
+      float* const to = scratch + at * task.chunk + t / step * c.width;
+      load(as_pairs, task.wide, token + t, tokens - t < step ? 1 : step, task.column + at, c.count, c.width, to);
+    }
+  }
+}
+
 // product (rows, strip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
 // columns.
 static void sample_product(const Task& task, int64_t begin, int64_t end, const Scratch& scratch) {
-  constexpr int64_t tile_width = kVectors * kLanes;
   const bool thin_in_place = task.thin.dtype == Dtype::float32;
   const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
   const bool as_pairs = FIBECFED_BF16 && task.wide.dtype == Dtype::bfloat16;
@@ -78,20 +105,15 @@ static void sample_product(const Task& task, int64_t begin, int64_t end, const S
     if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
     Ahead ahead = strip_ahead(task, token + tokens), none{};
-    for (int64_t column = 0; column < task.columns; column += tile_width) {
-      const int64_t left = task.columns - column;
-      const int64_t count = left < tile_width ? left : tile_width;
-      const int64_t vectors = (count + kLanes - 1) / kLanes, width = vectors * kLanes;
-      // What several register tiles read is converted once, and lies closer together than in the operand.
-      const bool in_place =
-          count == width && task.rows <= 2 * kRows && (FIBECFED_FMA || task.wide.dtype == Dtype::float32);
-      if (!in_place) load(as_pairs, task.wide, token, tokens, task.column + column, count, width, scratch.wide);
-      const void* wide = in_place ? address(task.wide, token, task.column + column) : scratch.wide;
+    load_strip(as_pairs, task, token, tokens, scratch.wide);
+    for (int64_t at = 0; at < task.columns; at += kVectors * kLanes) {
+      const Column c = column_of(task, at);
+      const void* wide = c.in_place ? address(task.wide, token, task.column + at) : scratch.wide + at * task.chunk;
       for (int64_t row = 0; row < task.rows; row += kRows) {
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
-        tile_of(as_pairs, in_place, task.wide.dtype, rows, vectors)(
-            tokens, thin + row, thin_stride, wide, in_place ? task.wide.features : width,
-            scratch.product + row * task.strip + column, task.strip, token == begin, row == 0 ? &ahead : &none);
+        tile_of(as_pairs, c.in_place, task.wide.dtype, rows, c.vectors)(
+            tokens, thin + row, thin_stride, wide, c.in_place ? task.wide.features : c.width,
+            scratch.product + row * task.strip + at, task.strip, token == begin, row == 0 ? &ahead : &none);
       }
     }
   }
