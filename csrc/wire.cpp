@@ -42,12 +42,30 @@ void wire_unpack_(const Tensor& values, const Tensor& scales, const Tensor& tabl
   });
 }
 
-void wire_accumulate_(Tensor sum, const Tensor& values, const Tensor& scales, const Tensor& table, double weight) {
+// All messages of a piece before the next piece, whose sums stay in the first cache meanwhile.
+void wire_accumulate_(
+    Tensor sum, std::vector<Tensor> values, std::vector<Tensor> scales, const Tensor& table,
+    std::vector<double> weights) {
   wire::check_flat("sum", sum, ScalarType::Double);
-  const auto [lines, count, bytes] = check(table, values, scales, sum.numel());
-  auto* s = static_cast<double*>(sum.data_ptr());
-  wire::visit_codec(values.scalar_type(), values.data_ptr(), scales.data_ptr(), [&](auto codec) {
-    wire::for_lines(lines, count, bytes, [=](const Line& l) { codec.add(l, s + l.data, weight); });
+  const size_t messages = values.size();
+  STD_TORCH_CHECK(
+      scales.size() == messages && weights.size() == messages, "values, scales, weights: wanted one a message");
+  if (messages == 0) return;
+  const ScalarType dtype = values[0].scalar_type();
+  Values of{};
+  for (size_t i = 0; i < messages; ++i) {
+    STD_TORCH_CHECK(values[i].scalar_type() == dtype, "values: wanted one dtype");
+    of = check(table, values[i], scales[i], sum.numel());
+  }
+  auto* const s = static_cast<double*>(sum.data_ptr());
+  wire::visit_codec(dtype, values[0].data_ptr(), scales[0].data_ptr(), [&](const auto first) {
+    std::vector codecs{first};
+    for (size_t i = 1; i < messages; ++i) codecs.push_back(first.with(values[i].data_ptr(), scales[i].data_ptr()));
+    wire::for_lines(of.lines, of.count, static_cast<int64_t>(messages) * of.bytes, [&](const Line& l) {
+      wire::for_pieces(first, l, [&](const Line& piece) {
+        for (size_t i = 0; i < messages; ++i) codecs[i].add(piece, s + piece.data, weights[i]);
+      });
+    });
   });
 }
 

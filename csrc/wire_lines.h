@@ -18,12 +18,13 @@ struct Line {
   int64_t numel() const { return rows * length; }
 };
 
-// A codec knows where a line's values are in a message. kRows: a row (or block) has a scale, and must not be divided;
+// A codec knows where a line's values are in a message; with(...): the same in another. kRows: a row (or block) has a scale, and must not be divided;
 // kCopies: a value stays as it is. In int4 they begin on a byte: lines start at even values.
 template <class Kind>
 struct Floats {
   static constexpr bool kRows = false, kCopies = std::is_same_v<Kind, Float32>;
   typename Kind::Wire* w;
+  Floats with(void* values, void*) const { return {static_cast<typename Kind::Wire*>(values)}; }
   void encode(const float* x, const Line& l) const { wire::encode(x, w + l.value, l.numel(), Kind{}); }
   void decode(const Line& l, float* x) const { wire::decode(w + l.value, x, l.numel(), Kind{}); }
   void add(const Line& l, double* sum, double weight) const {
@@ -36,6 +37,7 @@ struct Int8 {
   static constexpr bool kRows = true, kCopies = false;
   int8_t* q;
   float* scale;
+  Int8 with(void* values, void* scales) const { return {static_cast<int8_t*>(values), static_cast<float*>(scales)}; }
   void encode(const float* x, const Line& l) const {
     quantize_rows(x, q + l.value, scale + l.row, l.rows, l.length);
   }
@@ -50,6 +52,7 @@ struct Int4 {
   static constexpr bool kRows = true, kCopies = false;
   uint8_t* q;
   float* scale;
+  Int4 with(void* values, void* scales) const { return {static_cast<uint8_t*>(values), static_cast<float*>(scales)}; }
   void encode(const float* x, const Line& l) const {
     quantize_blocks(x, q + l.value / 2, scale + l.row, l.rows, l.length);
   }

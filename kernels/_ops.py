@@ -28,7 +28,7 @@ SCHEMAS = {
     "masked_grad_norm": "(Tensor grad, Tensor mask, Tensor layout) -> Tensor",
     "wire_pack_": "(Tensor data, Tensor table, Tensor(a!) values, Tensor(b!) scales) -> ()",
     "wire_unpack_": "(Tensor values, Tensor scales, Tensor table, Tensor(a!) data) -> ()",
-    "wire_accumulate_": "(Tensor(a!) sum, Tensor values, Tensor scales, Tensor table, float weight) -> ()",
+    "wire_accumulate_": "(Tensor(a!) sum, Tensor[] values, Tensor[] scales, Tensor table, float[] weights) -> ()",
     "wire_digest": "(Tensor buffer, Tensor ranges) -> Tensor",
 }
 # Whole messages in one call, which other bodies make of the ops above (wire/frame.py). They answer in integers, which

@@ -226,9 +226,10 @@ class WirePlan:
         if not plain:
             decoded = values if found.decoded else self._decoded(found.frame, found.payload, sum.device)
             values = self._relation.values(decoded, found.rows, of)
-            run("wire_accumulate_", sum, sum, values, values[:0], self._table("values", sum.device), weight)
+            run("wire_accumulate_", sum, sum, [values], [values[:0]], self._table("values", sum.device), [weight])
         elif not found.decoded:
-            run("wire_accumulate_", sum, sum, *found.frame.typed(found.payload.to(sum.device)), table, weight)
+            typed, scales = found.frame.typed(found.payload.to(sum.device))
+            run("wire_accumulate_", sum, sum, [typed], [scales], table, [weight])
         torch.autograd.graph.increment_version(sum)
         return found.message
 

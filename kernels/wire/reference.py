@@ -50,8 +50,11 @@ def wire_unpack_(values: Tensor, scales: Tensor, table: Tensor, data: Tensor) ->
         data[start : start + rows * length] = _decoded(values, scales, at, first, rows, length)
 
 
-def wire_accumulate_(sum: Tensor, values: Tensor, scales: Tensor, table: Tensor, weight: float) -> None:
-    """sum += weight · value in float64, product and sum each rounded."""
-    for start, at, first, rows, length in table.tolist():
-        line = _decoded(values, scales, at, first, rows, length)
-        sum[start : start + rows * length] += line.double() * weight
+def wire_accumulate_(
+    sum: Tensor, values: list[Tensor], scales: list[Tensor], table: Tensor, weights: list[float]
+) -> None:
+    """sum += weight · value in float64, product and sum each rounded, one message after the other."""
+    for values_of, scales_of, weight in zip(values, scales, weights, strict=True):
+        for start, at, first, rows, length in table.tolist():
+            line = _decoded(values_of, scales_of, at, first, rows, length)
+            sum[start : start + rows * length] += line.double() * weight

@@ -26,10 +26,13 @@ def wire_unpack_(values: Tensor, scales: Tensor, table: Tensor, data: Tensor) ->
     _launch(unpack_kernel, table, values, data, scales)
 
 
-def wire_accumulate_(sum: Tensor, values: Tensor, scales: Tensor, table: Tensor, weight: float) -> None:
+def wire_accumulate_(
+    sum: Tensor, values: list[Tensor], scales: list[Tensor], table: Tensor, weights: list[float]
+) -> None:
     """See :func:`fibecfed_kernels.wire.reference.wire_accumulate_`."""
-    bits = struct.unpack("<q", struct.pack("<d", weight))[0]  # a float argument of a kernel would be rounded to float32
-    _launch(accumulate_kernel, table, values, sum, scales, bits)
+    for values_of, scales_of, weight in zip(values, scales, weights, strict=True):
+        bits = struct.unpack("<q", struct.pack("<d", weight))[0]  # a kernel's float argument would be rounded to float32
+        _launch(accumulate_kernel, table, values_of, sum, scales_of, bits)
 
 
 def _launch(kernel, table, values, other, scales, *scalars):

@@ -65,7 +65,7 @@ def test_a_message_in_one_call_is_that_of_the_ops_one_by_one(dtype: str, large: 
     assert torch.equal(one, two)
     sums = torch.full((2, plan.numel), 0.25, dtype=torch.float64)
     of["table"] = plan._table("values to message", CPU)
-    ops.wire_accumulate_(sums[0], values, scales, of["table"], 0.5)
+    ops.wire_accumulate_(sums[0], [values], [scales], of["table"], [0.5])
     assert read(of, sums[1]) == (1, 5, 6)
     assert torch.equal(sums[0], sums[1])
     threads = torch.get_num_threads()

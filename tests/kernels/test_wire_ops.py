@@ -89,8 +89,8 @@ def test_bodies_are_equal_bit_for_bit(dtype: str) -> None:
     assert torch.equal(into, wanted_into)
     sums = torch.rand(2, len(data), dtype=torch.float64)
     sums[1] = sums[0]
-    ops.wire_accumulate_(sums[0], values, scales, table, 1 / 3)
-    reference.wire_accumulate_(sums[1], values, scales, table, 1 / 3)
+    ops.wire_accumulate_(sums[0], [values, values], [scales, scales], table, [1 / 3, -7.0])
+    reference.wire_accumulate_(sums[1], [values, values], [scales, scales], table, [1 / 3, -7.0])
     assert torch.equal(sums[0], sums[1])
 
 
@@ -123,7 +123,7 @@ def test_opcheck(dtype: str) -> None:
     values, scales = values.clone(), scales.clone()
     torch.library.opcheck(ops.wire_unpack_.default, (values, scales, table, data.clone()))
     total = torch.zeros(len(data), dtype=torch.float64)
-    torch.library.opcheck(ops.wire_accumulate_.default, (total, values, scales, table, 2.5))
+    torch.library.opcheck(ops.wire_accumulate_.default, (total, [values, values], [scales, scales], table, [2.5, 1.0]))
 
 
 def test_opcheck_digest() -> None:
