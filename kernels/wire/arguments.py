@@ -34,6 +34,33 @@ def checked_flat(flat: FlatBuffers) -> tuple[Tensor, Sequence[Entry], Mapping[st
     return data, entries, identity
 
 
+class Adapter:
+    """What a plan keeps of the adapter that it was made for: ``entries``, ``identity``."""
+
+    def __init__(self, flat: FlatBuffers, dtype: str, sparse: bool) -> None:
+        _, entries, identity = checked_flat(flat)
+        self.entries, self.identity = tuple(entries), dict(identity)
+        self._equal = self.entries  # an equal tuple that was seen last: comparing all of them costs time
+        self._numel = check_entries(self.entries, self.identity, dtype, sparse)
+        self.data(flat)
+
+    def data(self, flat: FlatBuffers) -> Tensor:
+        """The flat buffer without autograd, refused unless it is of that adapter."""
+        data, entries, identity = checked_flat(flat)
+        if data.requires_grad:
+            data = data.detach()
+        if data.dtype != torch.float32 or data.shape != (self._numel,) or not data.is_contiguous():
+            what = f"{data.dtype} {tuple(data.shape)}"
+            raise ValueError(f"flat.data: {what}, wanted contiguous torch.float32 ({self._numel},)")
+        if entries is not self._equal:
+            if tuple(entries) != self.entries:
+                raise ValueError("flat.entries: not those that the plan was made for")
+            self._equal = entries if type(entries) is tuple else self.entries
+        if identity != self.identity:
+            raise ValueError("flat.identity: not that which the plan was made for")
+        return data
+
+
 def check_entries(entries: tuple[Entry, ...], identity: Mapping[Any, Any], dtype: str, sparse: bool) -> int:
     """Refuse entries that cannot be a file of named tensors over one buffer; return the number of their values."""
     end = 0

@@ -10,14 +10,13 @@ from torch import Tensor
 from .._dispatch import run
 from ..layout import FlatBuffers, merged_spans
 from .arguments import (
+    Adapter,
     Buffer,
     bytes_of,
-    check_entries,
     check_out,
     check_values,
     check_written,
     checked_count,
-    checked_flat,
     checked_weight,
     sorted_layers,
 )
@@ -71,28 +70,24 @@ class WirePlan:
     ) -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r}, wanted one of the names {', '.join(map(repr, DTYPES))}")
-        _, entries, identity = checked_flat(flat)
         self.dtype: WireDtype = dtype
         for name, option in (("delta", delta), ("sparse", sparse)):
             if not isinstance(option, bool):
                 raise TypeError(f"{name}: {option!r}, wanted True or False")
         self.delta, self.sparse = delta, sparse
-        self._entries, self._identity = tuple(entries), dict(identity)
-        self._equal_entries = self._entries  # an equal tuple that was seen last: comparing all of them costs time
-        self._flat_numel = check_entries(self._entries, self._identity, dtype, self.sparse)
-        self.layers = sorted_layers(layers, self._entries)
-        self._data(flat)
-        chosen = tuple(e for e in self._entries if e.layer is None or e.layer in self.layers)
+        self._adapter = Adapter(flat, dtype, sparse)
+        entries = self._adapter.entries
+        self.layers = sorted_layers(layers, entries)
+        chosen = tuple(e for e in entries if e.layer is None or e.layer in self.layers)
         self.names = tuple(e.name for e in chosen)
         self.numel = sum(e.numel for e in chosen)
         self.slices = merged_spans(chosen)
-        self.fingerprint = fingerprint_of(
-            self._identity, chosen, self.layers, dtype, delta=self.delta, sparse=self.sparse
-        )
+        identity = self._adapter.identity
+        self.fingerprint = fingerprint_of(identity, chosen, self.layers, dtype, delta=delta, sparse=sparse)
         based = self.delta or self.sparse
         self._offsets = [e.offset for e in chosen]
         self._frame = Frame(chosen, Agreed(self.fingerprint, dtype, self.layers, based, self.sparse))
-        self._relation = Relation(self._frame, self.delta, self._entries, chosen)
+        self._relation = Relation(self._frame, self.delta, entries, chosen)
         self.nbytes = self._frame.nbytes
         self.max_bytes = LENGTH_BYTES + self._frame.header.limit + self._frame.header.data_nbytes
         self._tables: dict[tuple[str, torch.device], Tensor] = {
@@ -130,7 +125,7 @@ class WirePlan:
         Raises:
             NotFiniteError: a value is infinite or NaN. RangeError: a value is beyond the wire dtype's largest.
         """
-        data = self._data(flat)
+        data = self._adapter.data(flat)
         message = Message(checked_count("round", round), checked_count("num_samples", num_samples))
         of = self._relation.base(base)
         if of.values is None:
@@ -178,7 +173,7 @@ class WirePlan:
         max_bytes: int | None = None,
     ) -> Message:
         """Write the values of a message into ``flat.data``, after every check: all of them or, on an error, none."""
-        data, of = self._data(flat), self._relation.base(base)
+        data, of = self._adapter.data(flat), self._relation.base(base)
         plain = of.values is None
         values = data if plain else data.new_empty(self.numel)
         table = self._table("flat to message" if plain else "values to message", data.device)
@@ -193,11 +188,11 @@ class WirePlan:
 
     def gather(self, flat: FlatBuffers) -> Tensor:
         """The values of ``flat`` that travel, float32 (numel,), in the order of ``names``, on ``flat``'s device."""
-        return self._gathered(self._data(flat))
+        return self._gathered(self._adapter.data(flat))
 
     def scatter_(self, values: Tensor, flat: FlatBuffers) -> None:
         """Write float32 ``values`` (numel,), as :func:`aggregate` and :meth:`gather` give them, into ``flat.data``."""
-        data = self._data(flat)
+        data = self._adapter.data(flat)
         check_values("values", values, torch.float32, self.numel)
         self._scatter(values.detach().to(data.device), data)
         torch.autograd.graph.increment_version(flat.data)
@@ -232,6 +227,14 @@ class WirePlan:
             run("wire_accumulate_", sum, sum, [typed], [scales], table, [weight])
         torch.autograd.graph.increment_version(sum)
         return found.message
+
+    def _checked(
+        self, buffer: Buffer, round: int | None, base: Tensor | None, max_bytes: int | None
+    ) -> tuple[Message, Tensor, Tensor]:
+        """Of a message of a plain plan that passes every check: what it says, its values and scales as they are
+        stored."""
+        found = self._open(buffer, round, self._relation.base(base), max_bytes)
+        return found.message, *found.frame.typed(found.payload)
 
     def _open(
         self, buffer: Buffer, round: int | None, base: Base, max_bytes: int | None, target: Target | None = None
@@ -278,22 +281,6 @@ class WirePlan:
 
     def _scatter(self, values: Tensor, data: Tensor) -> None:
         run("wire_unpack_", data, values, values[:0], self._table("flat to values", data.device), data)
-
-    def _data(self, flat: FlatBuffers) -> Tensor:
-        """The flat buffer without autograd, if it is the adapter that the plan was made for."""
-        data, entries, identity = checked_flat(flat)
-        if data.requires_grad:
-            data = data.detach()
-        if data.dtype != torch.float32 or data.shape != (self._flat_numel,) or not data.is_contiguous():
-            what = f"{data.dtype} {tuple(data.shape)}"
-            raise ValueError(f"flat.data: {what}, wanted contiguous torch.float32 ({self._flat_numel},)")
-        if entries is not self._equal_entries:
-            if tuple(entries) != self._entries:
-                raise ValueError("flat.entries: not those that the plan was made for")
-            self._equal_entries = entries if type(entries) is tuple else self._entries
-        if identity != self._identity:
-            raise ValueError("flat.identity: not that which the plan was made for")
-        return data
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         if (name, device) not in self._tables:  # a copy a device, made when first asked for

@@ -31,7 +31,7 @@ def wire_accumulate_(
 ) -> None:
     """See :func:`fibecfed_kernels.wire.reference.wire_accumulate_`."""
     for values_of, scales_of, weight in zip(values, scales, weights, strict=True):
-        bits = struct.unpack("<q", struct.pack("<d", weight))[0]  # a kernel's float argument would be rounded to float32
+        bits = struct.unpack("<q", struct.pack("<d", weight))[0]  # a float argument is rounded to float32
         _launch(accumulate_kernel, table, values_of, sum, scales_of, bits)
 
 

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from fibecfed_kernels import WireError, WirePlan, aggregate, use_backend
 from fibecfed_kernels.wire.errors import ChecksumError, CountError, RoundError, WeightError
+from fibecfed_kernels.wire.mean import CHUNK
 
+from .bodies import bodies
 from .wire_tools import DTYPES, make_flat, values_of
 
 LAYERS = (0, 2)
@@ -190,3 +193,42 @@ def test_memory_that_is_kept_is_filled_and_what_does_not_fit_is_refused() -> Non
     for name, bad in (("accumulator", out), ("accumulator", sum[1:]), ("out", sum), ("out", out[1:])):
         with pytest.raises(ValueError, match=f"^{name}: "):
             aggregate(plan, messages, **{name: bad})
+
+
+@bodies
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [None, [0.5 + i / 7 for i in range(37)]], ids=["counts", "given"])
+def test_messages_of_a_list_are_added_together_to_the_same_bits(dtype: str, weights: Any, body: str) -> None:
+    plan, messages = messages_of(dtype, count=37)  # more than are added at once, twice
+    for i, byte in ((3, -1), (15, -1), (16, 40), (36, -1)):  # refused: values, and the header
+        messages[i] = messages[i].clone()
+        messages[i][byte] ^= 1
+    found, refused = [], []
+    for make in (list, tuple, iter):
+        reasons: list[tuple[int, str]] = []
+        with use_backend(body):
+            found.append(
+                aggregate(plan, make(messages), weights, on_refused=lambda i, e, r=reasons: r.append((i, str(e))))
+            )
+        refused.append(reasons)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert [i for i, _ in refused[0]] == [3, 15, 16, 36]
+    assert refused[0] == refused[1] == refused[2]
+
+
+def test_a_list_of_refused_messages_is_no_mean() -> None:
+    plan, messages = messages_of("float32", count=2)
+    for message in messages:
+        message[-1] ^= 1
+    with pytest.raises(CountError, match="all 2 messages were refused"):
+        aggregate(plan, messages, on_refused=lambda *_: None)
+
+
+def test_the_mean_of_many_values_is_divided_chunk_by_chunk() -> None:
+    flat = make_flat(((0, (7, 40_001)), (1, (11, 3))), spread=0.4)
+    plan = WirePlan(flat)
+    message = plan.pack(flat, round=1, num_samples=1)
+    assert plan.numel > 2 * CHUNK
+    mean = aggregate(plan, [message] * 3, [1.0, 2.0, 4.0])
+    assert torch.equal(mean, plan.gather(flat))

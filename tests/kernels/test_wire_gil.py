@@ -25,7 +25,9 @@ from fibecfed_kernels._ops import FUSED, SCHEMAS
 from .bodies import needs_cpp
 from .wire_tools import DTYPES, make_flat
 
-LARGE = ((0, (1024, 1024)), (1, (4096, 256)), (None, (512, 2048)))  # 12 MiB of float32: some milliseconds a call
+# 12 MiB of float32 and 6 or 12 of integers, whose checks alone are an op: a good part of a millisecond a call
+LARGE = ((0, (1024, 1024)), (1, (4096, 256)), (None, (512, 2048)))
+LARGER = ((0, (4096, 1024)), (1, (4096, 1024)), (None, (2048, 2048)))
 STEPS = 3  # of the witness in one call: one is possible wherever the GIL changes hands, and it sleeps between two
 CALLS = 500  # at most; a few are enough on an idle machine
 
@@ -99,7 +101,7 @@ def test_the_witness_stands_still_in_a_call_that_holds_the_gil(witness: Witness)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["pack", "load", "aggregate"])
 def test_the_gil_is_free_in_every_op_of(method: str, dtype: str, most: Counter[str]) -> None:
-    flat = make_flat(LARGE, spread=0.2)
+    flat = make_flat(LARGER if dtype.startswith("int") else LARGE, spread=0.2)
     plan = WirePlan(flat, (0, 1), dtype)  # type: ignore[arg-type]
     message = plan.pack(flat, round=1, num_samples=2)
     call = {
