@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,8 +110,18 @@ def checked_count(name: str, value: int) -> int:
     return value
 
 
-def bytes_of(buffer: Buffer) -> Tensor:
-    """The bytes of a message as an aligned uint8 tensor, without a copy where that can be."""
+class _Memory:
+    """Memory that must not be written, for NumPy and torch to see without a copy or a warning: it is only read."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view  # keeps it alive
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (len(view),), "data": (address, False)}
+
+
+def bytes_of(buffer: Buffer, writable: bool = False) -> Tensor:
+    """The bytes of a message as an aligned uint8 tensor, without a copy where that can be. ``writable``: of ``bytes``,
+    which cannot be written, it cannot."""
     if not isinstance(buffer, Tensor):
         try:
             view = memoryview(buffer).cast("B")
@@ -121,7 +132,10 @@ def bytes_of(buffer: Buffer) -> Tensor:
             ) from None
         if not len(view):
             return torch.empty(0, dtype=torch.uint8)
-        buffer = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+        if view.readonly and not writable:
+            buffer = torch.from_numpy(np.asarray(_Memory(view)))
+        else:
+            buffer = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or not buffer.is_cpu:
         what = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
         raise TypeError(f"buffer: {what}, wanted contiguous uint8 (bytes,) in host memory")

@@ -160,7 +160,7 @@ class WirePlan:
         8-byte aligned are copied once. int8: ``name`` is int8 and ``name + ".scale"`` float32 (rows,).
         int4: two values a byte. Sparse: ``name + ".rows"`` are the int32 indices. Delta: differences.
         """
-        found = self._open(buffer, round, self._relation.base(base), max_bytes)
+        found = self._open(bytes_of(buffer, writable=True), round, self._relation.base(base), max_bytes)
         return found.frame.unpack(found.payload)
 
     def load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 
@@ -70,3 +71,18 @@ def test_a_message_is_let_go_before_the_next_is_asked_for(broken_from: int | Non
     finally:
         gc.enable()
     assert gone == [True] * 4
+
+
+def test_bytes_are_read_where_they_are_and_unpacked_into_a_copy() -> None:
+    flat = make_flat(SHAPES, spread=0.4)
+    plan = WirePlan(flat)
+    raw = plan.pack(flat, round=1, num_samples=1).numpy().tobytes()
+    into, before = make_flat(SHAPES, seed=3), bytes(bytearray(raw))
+    for same in (raw, memoryview(raw), memoryview(bytearray(raw)).toreadonly()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert peak_bytes(lambda same=same: plan.load(same, into), CPU) < 4096
+        assert torch.equal(into.data, flat.data)
+        for tensor in plan.unpack(same).values():
+            tensor.zero_()
+        assert bytes(same) == before
