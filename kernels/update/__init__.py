@@ -45,8 +45,8 @@ def masked_adamw_(
         data, grad, exp_avg, exp_avg_sq: float32 (numel,), contiguous; all but ``grad`` are changed.
         steps: int32 (num_rows,), steps taken by each row so far; changed.
         mask: bool (num_rows,).
-        layout: int64 (lines, 4) from :func:`fibecfed_kernels.row_layout`, on the same device. It is read and checked
-            once an object, and again when it was changed in place.
+        layout: int64 (lines, 4) from :func:`fibecfed_kernels.row_layout`, on the same device. Off the CPU it is read
+            and checked once an object, and again when it was changed in place.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
         grad_scale: float32 (), g is multiplied by it, and rounded, before anything else; ``grad`` itself stays as it
             is. None: g is not multiplied.
@@ -127,17 +127,20 @@ def _run(
     much as a small adapter's step, are left for what it refuses: they say by name what is wrong."""
     given = {**tensors, **scales}
     first = cast(Tensor, next(iter(given.values())))  # a buffer, never None unless somebody errs
+    refused: Exception | None = None
     try:
-        if not runs_cpp(first) or any(t is not None and (t.requires_grad or not t.is_cpu) for t in given.values()):
+        if runs_cpp(first) and not any(t is not None and (t.requires_grad or not t.is_cpu) for t in given.values()):
+            op = getattr(torch.ops.fibecfed, name).default
+            result = op(*_or_empty(first, tensors), *hyper, *scales.values())
+        else:
             check_tensors(given, changed)
             with torch.no_grad():
                 result = run(name, first, *_or_empty(first, tensors), *hyper, *scales.values())
-        else:
-            op = getattr(torch.ops.fibecfed, name).default
-            result = op(*_or_empty(first, tensors), *hyper, *scales.values())
-    except Exception:
+    except Exception as error:
+        refused = error
+    if refused is not None:
         check_tensors(given, changed)
-        raise
+        raise refused
     if changed and not torch.compiler.is_compiling():  # the bodies write through raw pointers, which autograd misses
         torch.autograd.graph.increment_version([t for n in changed if (t := tensors[n]) is not None])
     return cast("Tensor | None", result)
