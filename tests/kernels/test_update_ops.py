@@ -149,6 +149,7 @@ def test_what_is_no_number_is_refused_by_name(name):
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov: "),
         ({"momentum": 0.9, "momentum_buffer": None}, "momentum_buffer: None, wanted a tensor like data"),
         ({"momentum": 0.9, "momentum_buffer": torch.zeros(95)}, r"momentum_buffer: .*\(95,\)"),
+        ({"momentum": 0.0, "momentum_buffer": torch.zeros(95)}, r"momentum_buffer: .*\(95,\)"),
     ],
 )
 def test_a_wrong_argument_of_sgd_is_refused_by_name(hyper, words):
