@@ -19,7 +19,6 @@ using fibecfed::Tensor;
 
 constexpr int64_t kTaskRows = 64;
 constexpr int64_t kMostChunk = 64;
-constexpr int64_t kTileWidth = 32;  // of the widest register tile
 constexpr int64_t kGroupSamples = 8;
 constexpr int64_t kMostGroups = 32;
 
@@ -175,7 +174,7 @@ Fisher fisher(
     rows = std::max(rows, std::min(thin, kTaskRows));
     const auto [strip, chunk] = shape_of(thin);
     product_numel = std::max(product_numel, std::min(thin, kTaskRows) * strip);
-    strip_numel = std::max(strip_numel, (strip + kTileWidth) * chunk);
+    strip_numel = std::max(strip_numel, strip * chunk);
     score_parts += of.score_parts;
   }
   using fibecfed::empty_floats;

@@ -177,7 +177,7 @@ void masked_adamw_(
   // Bias corrections are two powers a distinct step count; rows awake for different times come in turns. A line with
   // another learning rate costs a division more.
   struct Correction {
-    int32_t step = 0;
+    int32_t step = std::numeric_limits<int32_t>::min();
     float sqrt_correction2 = 0.0f, minus_step_size = 0.0f, decay = 0.0f;
     double correction1 = 0.0, lr = 0.0;
   };

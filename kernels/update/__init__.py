@@ -99,6 +99,8 @@ def masked_sgd_(
         "data": data, "grad": grad, "momentum_buffer": momentum_buffer, "steps": steps, "mask": mask, "layout": layout,
     }  # fmt: skip
     scales = {"grad_scale": grad_scale, "lr_scale": lr_scale}
+    if momentum_buffer is not None and momentum == 0.0:  # not looked at by the bodies
+        check_tensors({**tensors, **scales}, ("data", "momentum_buffer", "steps"))
     _run("masked_sgd_", tensors, hyper, scales, ("data", "momentum_buffer", "steps"))
 
 
@@ -139,7 +141,7 @@ def _run(
     except Exception as error:
         refused = error
     if refused is not None:
-        check_tensors(given, changed)
+        check_tensors(given, changed, anew=True)
         raise refused
     if changed and not torch.compiler.is_compiling():  # the bodies write through raw pointers, which autograd misses
         torch.autograd.graph.increment_version([t for n in changed if (t := tensors[n]) is not None])

@@ -12,11 +12,12 @@ from .._memory import check_apart
 OPTIONAL = ("momentum_buffer", "grad_scale", "lr_scale")
 
 
-def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...]) -> None:
+def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...], anew: bool = False) -> None:
     """Refuse what the bodies cannot take, naming the tensor, what it is and what was wanted.
 
     ``given``: the arguments by name, the first of them a buffer that tells size and device; those in OPTIONAL may be
-    None. ``changed``: the names of those that a body writes, whose memory must be their own.
+    None. ``changed``: the names of those that a body writes, whose memory must be their own. ``anew``: look at values
+    that were found good before, too.
     """
     tensors = cast(dict[str, Tensor], {k: v for k, v in given.items() if v is not None or k not in OPTIONAL})
     for name, value in tensors.items():
@@ -42,9 +43,9 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...]) -> 
             raise ValueError(f"{name}: strides {tensor.stride()}, wanted a contiguous tensor")
     if torch.compiler.is_compiling():
         return  # there are no values and no addresses to look at
-    _check_layout(layout, buffer, numel, rows)
+    _check_layout(layout, buffer, numel, rows, anew)
     if "lr_scale" in tensors:
-        _check_lr_scale(tensors["lr_scale"])
+        _check_lr_scale(tensors["lr_scale"], anew)
     check_apart(tensors, changed)
 
 
@@ -57,10 +58,10 @@ def _key(tensor: Tensor, *more: int) -> tuple[object, ...]:
     return (*more, object() if tensor.is_inference() else tensor._version)
 
 
-def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int) -> None:
+def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int, anew: bool) -> None:
     """Every line must begin where the one before ends, and the last must end where the buffers do."""
     key = _key(layout, numel, rows)
-    if getattr(layout, "_fibecfed_checked", None) == key:
+    if not anew and getattr(layout, "_fibecfed_checked", None) == key:
         return
     lines = layout.cpu()
     counts, lengths = lines[:, 2], lines[:, 3]
@@ -89,9 +90,9 @@ def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int) -> None:
     layout._fibecfed_checked = key  # type: ignore[attr-defined]
 
 
-def _check_lr_scale(lr_scale: Tensor) -> None:
+def _check_lr_scale(lr_scale: Tensor, anew: bool) -> None:
     key = _key(lr_scale)
-    if getattr(lr_scale, "_fibecfed_checked", None) == key:
+    if not anew and getattr(lr_scale, "_fibecfed_checked", None) == key:
         return
     good = (lr_scale >= 0) & lr_scale.isfinite()
     if not good.all():

@@ -47,5 +47,7 @@ def _number(name: str, value: float) -> float:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError
         return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: too large, wanted what float64 can hold") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None

@@ -122,6 +122,12 @@ class _Memory:
 def bytes_of(buffer: Buffer, writable: bool = False) -> Tensor:
     """The bytes of a message as an aligned uint8 tensor, without a copy where that can be. ``writable``: of ``bytes``,
     which cannot be written, it cannot."""
+    raw = view_of(buffer, writable)
+    return raw if is_aligned(raw) else raw.clone()
+
+
+def view_of(buffer: Buffer, writable: bool = False) -> Tensor:
+    """The same, wherever it lies."""
     if not isinstance(buffer, Tensor):
         try:
             view = memoryview(buffer).cast("B")
@@ -139,7 +145,7 @@ def bytes_of(buffer: Buffer, writable: bool = False) -> Tensor:
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or not buffer.is_cpu:
         what = f"{buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
         raise TypeError(f"buffer: {what}, wanted contiguous uint8 (bytes,) in host memory")
-    return buffer if is_aligned(buffer) else buffer.clone()
+    return buffer
 
 
 def is_aligned(buffer: Tensor) -> bool:
@@ -156,6 +162,8 @@ def checked_weight(name: str, value: float, index: int | None = None, field: str
         weight = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: {value!r}, wanted a number") from None
+    except OverflowError:
+        weight = math.inf
     if not (math.isfinite(weight) and SMALLEST <= weight <= LARGEST):
         raise WeightError(field, f"{weight}, wanted a finite number above 0, from {SMALLEST:g} to {LARGEST:g}", index)
     return weight

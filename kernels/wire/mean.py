@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import run
-from .arguments import Buffer, check_written, checked_weight
+from .arguments import Buffer, check_written, checked_weight, is_aligned, view_of
 from .errors import CountError, WireError
 from .plan import WirePlan
 
@@ -68,7 +68,7 @@ def aggregate(
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     sum = _sum_of(plan, accumulator, out, device)
-    together = isinstance(buffers, (list, tuple)) and sum.is_cpu and not (plan.delta or plan.sparse)
+    together = type(buffers) in (list, tuple) and sum.is_cpu and not (plan.delta or plan.sparse)
     adder = (_Together if together else _OneByOne)(plan, sum, round, base, max_bytes)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)
@@ -95,7 +95,7 @@ def aggregate(
         raise CountError("buffers", "no messages, wanted at least one")
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
-    mean = torch.empty(plan.numel, device=sum.device) if out is None else out.detach()
+    mean = torch.empty(plan.numel, dtype=torch.float32, device=sum.device) if out is None else out.detach()
     room = sum[:CHUNK]  # that of the first chunk serves them all: quotients need not go back to memory
     for part, rounded in zip(sum.split(CHUNK), mean.split(CHUNK), strict=True):
         rounded.copy_(torch.div(part, total, out=room[: len(part)]))
@@ -133,7 +133,11 @@ class _Together(_OneByOne):
         self._weights: list[float] = []
 
     def add(self, buffer: Buffer, weight: float | None) -> float:
-        message, values, scales = self._plan._checked(buffer, **self._given)
+        raw = view_of(buffer)
+        if not is_aligned(raw):  # it will be copied: one copy at a time
+            self.finish()
+            return super().add(raw, weight)
+        message, values, scales = self._plan._checked(raw, **self._given)
         if weight is None:
             weight = checked_weight("weight", message.num_samples, field="metadata.num_samples")
         self._values.append(values)

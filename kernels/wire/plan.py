@@ -27,6 +27,7 @@ from .reader import OWN, Opened, Target, opened
 from .relative import Base, Relation
 
 CPU = torch.device("cpu")
+NOWHERE = torch.empty(0, dtype=torch.float32, device=CPU)
 
 
 class WirePlan:
@@ -214,7 +215,7 @@ class WirePlan:
             weight = checked_weight("weight", weight)
         table = self._table("values to message", sum.device)
         plain = of.values is None
-        values = sum if plain else torch.empty(self.numel, device=sum.device)
+        values = sum if plain else torch.empty(self.numel, dtype=torch.float32, device=sum.device)
         found = self._open(buffer, round, of, max_bytes, Target(values, table, OWN if weight is None else weight))
         if weight is None:  # 0 has added nothing so far
             weight = checked_weight("weight", found.message.num_samples, field="metadata.num_samples")
@@ -241,7 +242,7 @@ class WirePlan:
     ) -> Opened:
         round = None if round is None else checked_count("round", round)
         max_bytes = None if max_bytes is None else checked_count("max_bytes", max_bytes)
-        target = target or Target(torch.empty(0), self._table("values to message", CPU))
+        target = target or Target(NOWHERE, self._table("values to message", CPU))
         rows = self._relation.rows
         return opened(bytes_of(buffer), self._frame, rows, target, round, base.crc32c, max_bytes)
 
@@ -269,7 +270,7 @@ class WirePlan:
 
     def _decoded(self, frame: Frame, payload: Tensor, device: torch.device) -> Tensor:
         """What a message carries, float32, one part after the other."""
-        values = torch.empty(frame.numel, device=device)
+        values = torch.empty(frame.numel, dtype=torch.float32, device=device)
         table = self._table("values to message", device) if frame is self._frame else frame.table().to(device)
         run("wire_unpack_", values, *frame.typed(payload.to(device)), table, values)
         return values

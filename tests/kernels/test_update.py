@@ -10,7 +10,7 @@ from torch import nn
 
 from fibecfed_kernels import use_backend
 
-from .bodies import BODIES, bodies
+from .bodies import BODIES, bodies, needs_cpp
 from .oracle import assert_near
 from .update_tools import STEPS, State, flat, give_gradients, gradients
 
@@ -218,3 +218,28 @@ def test_cpp_agrees_with_the_reference_on_any_layout(name, shapes, line_numel, s
     assert torch.equal(state.steps, other.steps)
     for buffer in ("data", "first", "second"):
         assert_near(getattr(other, buffer), getattr(state, buffer).double(), "update")
+
+
+@needs_cpp
+@pytest.mark.parametrize("active", [0.03, 0.5, 1.0])
+@pytest.mark.parametrize("counts", ["equal", "each its own"])
+@pytest.mark.parametrize("step", STEPS)
+def test_long_stretches_of_short_rows_step_as_in_the_reference(step: str, counts: str, active: float) -> None:
+    """More rows than are stepped in one call, of more than one length."""
+    state = State(((1300, 8), (1300, 8), (700, 3))).used()
+    if counts == "equal":
+        state.steps.fill_(3)
+    state.mask = torch.rand(state.rows, generator=torch.Generator().manual_seed(5)) < active
+    (grad,) = gradients(state.numel, 1)
+    frozen = ~state.mask.repeat_interleave(state.lengths)
+    grad[frozen] = float("nan")
+    before, other = state.copy(), state.copy()
+    STEPS[step](state, grad)
+    with use_backend("reference"):
+        STEPS[step](other, grad)
+    for name in ("data", "first", "second"):
+        found, wanted = getattr(state, name), getattr(other, name)
+        assert_near(found, wanted.double(), "update")
+        assert torch.equal(found[frozen], getattr(before, name)[frozen])
+    assert torch.equal(state.steps, other.steps)
+    assert torch.equal(state.steps, before.steps + state.mask)

@@ -51,6 +51,8 @@ WRONG_LAYOUTS = [
     (with_line(0, 3, 2**62), "layout: line 0 has 2 rows of 4611686018427387904 values"),  # 2 * 2**62 is negative
     (torch.tensor(LINES)[[1, 0, 2, 3]], "layout: line 0 starts at value 16 and row 2, wanted 0 and 0"),
     (torch.tensor(LINES)[:3], "layout: covers 47 values in 7 rows, wanted 48 values .data. in 8 rows .mask."),
+    (with_line(3, 3, 0), "layout: covers 47 values in 8 rows, wanted 48 values .data. in 8 rows"),
+    (with_line(3, 2, 0), "layout: covers 47 values in 7 rows"),
     (torch.zeros(0, 4, dtype=torch.int64), "layout: covers 0 values in 0 rows, wanted 48"),
 ]
 
@@ -99,7 +101,8 @@ def test_a_layout_is_read_once_an_object_where_reading_it_waits_for_a_device(mon
 def test_cpp_looks_at_a_layout_every_time() -> None:
     """So that it sees what NumPy changes, which torch does not count."""
     given = arguments()
-    masked_adamw_(**given, lr=0.1)
+    with use_backend("reference"):  # which looks once
+        masked_adamw_(**given, lr=0.1)
     given["layout"].numpy()[3, 2] = 2
     with pytest.raises(ValueError, match="layout: covers 49 values in 9 rows, wanted 48"):
         masked_adamw_(**given, lr=0.1)
@@ -217,6 +220,18 @@ def test_what_is_made_in_inference_mode_is_checked_every_time(body: str) -> None
         lr_scale[1] = float("nan")
     with use_backend(body), pytest.raises(ValueError, match=r"^lr_scale: nan for line 1"):
         state.adamw(torch.ones(state.numel), lr=0.1, lr_scale=lr_scale)
+
+
+def test_rows_without_values_count_too() -> None:
+    """Nine rows where the layout has eight: no value tells."""
+    given = {**arguments(), "steps": torch.ones(9, dtype=torch.int32), "mask": torch.ones(9, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"layout: covers 48 values in 8 rows, wanted 48 values \(data\) in 9 rows"):
+        masked_adamw_(**given, lr=0.1)
+
+
+def test_a_number_beyond_float64_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^eps: too large, wanted what float64 can hold"):
+        masked_adamw_(**arguments(), lr=0.1, eps=10**400)
 
 
 @pytest.mark.parametrize("value", ["0.1", True])

@@ -150,6 +150,7 @@ def test_what_is_no_number_is_refused_by_name(name):
         ({"momentum": 0.9, "momentum_buffer": None}, "momentum_buffer: None, wanted a tensor like data"),
         ({"momentum": 0.9, "momentum_buffer": torch.zeros(95)}, r"momentum_buffer: .*\(95,\)"),
         ({"momentum": 0.0, "momentum_buffer": torch.zeros(95)}, r"momentum_buffer: .*\(95,\)"),
+        ({"momentum": 0.0, "momentum_buffer": torch.zeros(0)}, r"momentum_buffer: .*\(0,\)"),
     ],
 )
 def test_a_wrong_argument_of_sgd_is_refused_by_name(hyper, words):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.timing import peak_bytes
 from fibecfed_kernels import WireError, WirePlan, aggregate, use_backend
 from fibecfed_kernels.wire.errors import ChecksumError, CountError, RoundError, WeightError
 from fibecfed_kernels.wire.mean import CHUNK
@@ -232,3 +233,64 @@ def test_the_mean_of_many_values_is_divided_chunk_by_chunk() -> None:
     assert plan.numel > 2 * CHUNK
     mean = aggregate(plan, [message] * 3, [1.0, 2.0, 4.0])
     assert torch.equal(mean, plan.gather(flat))
+
+
+class Refilled(list[torch.Tensor]):
+    """A list that is made as it is read, always in the same memory."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        buffer = self[0].clone()
+        for i in range(len(self)):
+            yield buffer.copy_(self[i])
+
+
+def test_what_only_looks_like_a_list_is_taken_one_by_one() -> None:
+    plan, messages = messages_of("float32", count=5)
+    assert torch.equal(aggregate(plan, Refilled(messages)), aggregate(plan, messages))
+
+
+def test_messages_that_must_be_copied_are_copied_one_at_a_time() -> None:
+    flat = make_flat(((0, (16, 1000)),), spread=0.4)
+    plan = WirePlan(flat)
+    message = plan.pack(flat, round=1, num_samples=1)
+    shifted = [torch.cat([torch.zeros(i % 3, dtype=torch.uint8), message])[i % 3 :] for i in range(12)]
+    kept = {"accumulator": torch.empty(plan.numel, dtype=torch.float64), "out": torch.empty(plan.numel)}
+    assert peak_bytes(lambda: aggregate(plan, shifted, **kept), torch.device("cpu")) < plan.nbytes + 4096
+    assert torch.equal(kept["out"], plan.gather(flat))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("delta", [False, True])
+def test_torchs_default_dtype_changes_nothing(dtype: str, delta: bool) -> None:
+    flat = make_flat(spread=0.4)
+    plan = WirePlan(flat, delta=delta)
+    base = torch.zeros(plan.numel) if delta else None
+    message = plan.pack(flat, round=1, num_samples=1, base=base)
+    into = make_flat(seed=3)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        plan.read(message, base=base)
+        plan.load(message, into, base=base)
+        means = [aggregate(plan, make([message]), base=base) for make in (list, iter)]
+        again = plan.pack(flat, round=1, num_samples=1, base=base)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, message)
+    assert torch.equal(into.data, flat.data)
+    for mean in means:
+        assert mean.dtype == torch.float32
+        assert torch.equal(mean, plan.gather(flat))
+
+
+def test_a_default_device_changes_nothing() -> None:
+    plan, messages = messages_of("int8", count=3)
+    wanted = aggregate(plan, messages)
+    with torch.device("meta"):
+        assert plan.read(messages[0]).round == 4
+        assert torch.equal(aggregate(plan, messages), wanted)
+
+
+def test_a_weight_beyond_float64_is_refused_with_its_index() -> None:
+    plan, messages = messages_of("float32", count=2)
+    with pytest.raises(WeightError, match="inf, wanted a finite number"):
+        aggregate(plan, messages, [1, 10**400])

@@ -277,6 +277,14 @@ def test_a_table_that_reaches_outside_is_refused(line: list[int]) -> None:
     ):
         with pytest.raises(RuntimeError, match="line 0 reaches outside"):
             call()
+    for arguments in (
+        ([values, values], [scales], [1.0, 1.0]),
+        ([values, values], [scales, scales], [1.0]),
+        ([values, values.view(torch.uint8)], [scales, scales], [1.0, 1.0]),
+        ([values], [scales], [1.0]),
+    ):
+        with pytest.raises(RuntimeError, match=r"wanted one (a message|dtype)|line 0 reaches outside"):
+            ops.wire_accumulate_(torch.zeros(8, dtype=torch.float64), *arguments[:2], table, arguments[2])
     for start, stop, kind in ((0, 9, 0), (-1, 4, 0), (4, 3, 0), (0, 8, 5), (1, 5, 1), (0, 3, 2), (0, 2, 4)):
         with pytest.raises(RuntimeError, match="ranges: line 0"):
             ops.wire_digest(values.view(torch.uint8), torch.tensor([[start, stop, kind]]))
