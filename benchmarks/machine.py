@@ -17,6 +17,7 @@ from .timing import Call
 
 CEILING_BYTES = 1 << 27  # of the buffers that bandwidth is measured on: more than the caches hold
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the square product that the arithmetic rate is measured on
+NO_BF16 = ("DEFAULT", "AVX2")  # CPUs on which torch's products of halves are far slower than those of float32
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 class Ceilings:
     """Calls whose times are the machine's limits, timed in the same rounds as everything else.
 
-    copy moves 2·CEILING_BYTES, read CEILING_BYTES; product is one square matrix product in the benchmark's dtype.
+    copy moves 2·CEILING_BYTES, read CEILING_BYTES; product is one square matrix product in the benchmark's dtype, or in
+    float32 where products of halves are slower: anyone may convert.
     """
 
     calls: dict[str, Call]
@@ -45,6 +47,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.ones(CEILING_BYTES // 4, device=device)
     target = torch.empty_like(source)
     side = MATRIX[device.type]
+    if not has_bf16(device):
+        dtype = torch.float32
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -54,6 +58,11 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(
         {"copy": lambda: target.copy_(source), "read": read, "product": lambda: torch.mm(a, b, out=out)}, 2 * side**3
     )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are no slower than of float32."""
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability() not in NO_BF16
 
 
 @cache

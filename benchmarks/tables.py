@@ -28,19 +28,20 @@ def table(rows: Iterable[Row], benchmark: str, mode: str = "cold", memory: bool 
 
 
 def summary(rows: Iterable[Row], lines: Sequence[tuple[str, str, str, str, str, Sequence[str]]]) -> str:
-    """One line a (what, benchmark, shape, dtype, mode, peers) of each benchmark's last run on the first device there:
-    ours and the peers' time over ours. Raises ValueError for one that was not measured."""
+    """One line a (what, benchmark, shape, dtype, mode, peers) of each benchmark's last run on any device: ours and the
+    peers' time over ours. Raises ValueError for one that was not measured."""
     known = list(rows)
-    found = ["| | shape | ours, ms | % of limit | others over ours |", "|---|---|---|---|---|"]
+    found = ["| | shape | ours, ms | % of limit | others over ours | machine |", "|---|---|---|---|---|---|"]
     for what, benchmark, shape, dtype, mode, peers in lines:
         of = [r for r in latest(known, benchmark) if (r.shape, r.dtype, r.mode) == (shape, dtype, mode)]
-        by_name = {row.provider: row for row in of if row.device == of[0].device}
+        newest = max((row.run for row in of), default="")
+        by_name = {row.provider: row for row in of if row.run == newest}
         own = next((by_name[name] for name in OURS if name in by_name), None)
         if own is None or own.ms50 is None or (missing := [name for name in peers if name not in by_name]):
             raise ValueError(f"{benchmark}, {shape}, {dtype}, {mode}: {missing if own else 'ours'} not measured")
         ratios = ", ".join(f"{name} {_ratio(by_name[name], own)}" for name in peers)
         share = "–" if own.floor_percent is None else f"{own.floor_percent:.0f}"
-        found.append(f"| {what} | {shape} | {_number(own.ms50)} | {share} | {ratios} |")
+        found.append(f"| {what} | {shape} | {_number(own.ms50)} | {share} | {ratios} | {own.device} |")
     return "\n".join(found)
 
 

@@ -14,9 +14,9 @@ from fibecfed.batches import length_buckets
 from fibecfed.losses import classification_loss
 
 from .comparison import Comparison, Provider, Work, relative_error
+from .machine import has_bf16
 from .minilm import BATCH, SAMPLES, Batch, Job, job
 
-NO_BF16 = ("DEFAULT", "AVX2")  # CPUs on which torch's bf16 products take minutes for what float32 does in seconds
 TOLERANCE = 1e-3  # bf16 autocast is not held to it: its rank correlation stands in the provider's name
 
 
@@ -65,7 +65,7 @@ def test_score_samples(compare: Comparison, device: torch.device) -> None:
         "batch-of-1 loop": Provider(lambda: loop(of), error),
         "forward + backward alone, arrival order": Provider(lambda: plain(of, of.arrival)),
     }
-    if device.type == "cuda" or torch.backends.cpu.get_cpu_capability() not in NO_BF16:
+    if has_bf16(device):
         rank = rank_correlation(scored(of, bf16=True), truth)
         name = f"fibecfed, bf16 autocast (rank correlation {rank:.4f})"
         providers[name] = Provider(lambda: scored(of, bf16=True))
