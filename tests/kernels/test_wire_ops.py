@@ -277,14 +277,22 @@ def test_a_table_that_reaches_outside_is_refused(line: list[int]) -> None:
     ):
         with pytest.raises(RuntimeError, match="line 0 reaches outside"):
             call()
+    for start, stop, kind in ((0, 9, 0), (-1, 4, 0), (4, 3, 0), (0, 8, 5), (1, 5, 1), (0, 3, 2), (0, 2, 4)):
+        with pytest.raises(RuntimeError, match="ranges: line 0"):
+            ops.wire_digest(values.view(torch.uint8), torch.tensor([[start, stop, kind]]))
+
+
+@needs_cpp
+def test_messages_that_are_added_together_are_of_one_kind() -> None:
+    table, sum = torch.tensor([[0, 0, 0, 1, 4]]), torch.zeros(8, dtype=torch.float64)
+    values, scales = torch.ones(8, dtype=torch.int8), torch.ones(1)
+    ops.wire_accumulate_(sum, [values, values], [scales, scales], table, [1.0, 2.0])
+    assert sum.tolist() == [3.0] * 4 + [0.0] * 4
     for arguments in (
         ([values, values], [scales], [1.0, 1.0]),
         ([values, values], [scales, scales], [1.0]),
         ([values, values.view(torch.uint8)], [scales, scales], [1.0, 1.0]),
-        ([values], [scales], [1.0]),
+        ([values, values.float()], [scales, scales], [1.0, 1.0]),
     ):
-        with pytest.raises(RuntimeError, match=r"wanted one (a message|dtype)|line 0 reaches outside"):
-            ops.wire_accumulate_(torch.zeros(8, dtype=torch.float64), *arguments[:2], table, arguments[2])
-    for start, stop, kind in ((0, 9, 0), (-1, 4, 0), (4, 3, 0), (0, 8, 5), (1, 5, 1), (0, 3, 2), (0, 2, 4)):
-        with pytest.raises(RuntimeError, match="ranges: line 0"):
-            ops.wire_digest(values.view(torch.uint8), torch.tensor([[start, stop, kind]]))
+        with pytest.raises(RuntimeError, match=r"wanted one (a message|dtype)"):
+            ops.wire_accumulate_(sum, *arguments[:2], table, arguments[2])
