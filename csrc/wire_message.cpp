@@ -188,7 +188,8 @@ std::tuple<int64_t, int64_t, int64_t> wire_read_(
   auto* const start = static_cast<uint8_t*>(message.data_ptr());
   uint8_t* const payload = start + f.at.header_bytes;
   const int64_t found_round = decimal(start + f.at.round), found_samples = decimal(start + f.at.samples);
-  const std::tuple<int64_t, int64_t, int64_t> refused{0, found_round, found_samples}, taken{1, found_round, found_samples};
+  using Result = std::tuple<int64_t, int64_t, int64_t>;
+  const Result refused{0, found_round, found_samples}, taken{1, found_round, found_samples};
   if (found_round < 0 || found_samples < 0 || (round >= 0 && found_round != round)) return refused;
 
   const std::vector<Found> found = wire::digests(payload, f.ranges, f.payloads, f.data_bytes());

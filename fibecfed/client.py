@@ -94,7 +94,7 @@ class Client:
             draw = stream(self.config.seed, "neurons", device.index, device.rounds)
             importance = torch.from_numpy(draw.random(self.flat.num_rows, dtype=np.float32))
         elif importance is None:  # needed only where a share is chosen by Fisher information
-            importance = torch.zeros(self.flat.num_rows, dtype=torch.float32)
+            importance = torch.zeros(self.flat.num_rows)
         return neurons.row_mask(importance, self._rows, self.gal, share)
 
     @property

@@ -123,7 +123,7 @@ def draw_classes(model: nn.Module, batch: Mapping[str, Tensor], generator: Gener
 def draw_values(model: nn.Module, batch: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
     """f(x) plus noise of unit variance, (N, k)."""
     logits = _logits(model, batch).float()
-    return logits + torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
+    return logits + torch.randn(logits.shape, generator=generator).to(logits.device)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from benchmarks import plot, results
 from benchmarks.adapters import Model
 from benchmarks.comparison import Comparison, Provider, Work, relative_error
 from benchmarks.fisher_peers import make_pair, providers, truth
-from benchmarks.machine import Ceilings
+from benchmarks.machine import Ceilings, ceilings, has_bf16
 from benchmarks.results import Row, latest, quantile, read
-from benchmarks.tables import table
+from benchmarks.tables import summary, table
 from benchmarks.test_update import Case
 from benchmarks.timing import Rounds, peak_bytes, rounds_within
 
@@ -168,6 +168,28 @@ def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> N
     assert with_memory.splitlines()[5] == "| N=8 | memory at the peak | 2.0 MB |  | 1.500 |"
     with pytest.raises(ValueError, match="no cold rows"):
         table(rows, "wire: pack")
+
+
+def test_the_summary_is_of_the_last_run_on_whatever_machine() -> None:
+    line = ("scores", "fisher", "N=8", "float32", "cold", ("bmm",))
+    rows = [row(device="old", run="2025"), row("bmm", 6.0, device="old", run="2025")]
+    assert summary(rows, [line]).splitlines()[2] == "| scores | N=8 | 2 | 50 | bmm 3.00 | old |"
+    rows += [row(device="new", run="2026", ms=4.0), row("bmm", 2.0, device="new", run="2026")]
+    for order in (rows, rows[::-1]):
+        assert summary(order, [line]).splitlines()[2] == "| scores | N=8 | 4 | 25 | bmm 0.50 | new |"
+    with pytest.raises(ValueError, match="not measured"):
+        summary(rows[:-1], [line])
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_the_limit_of_halves_is_no_lower_than_that_of_float32(
+    capability: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("benchmarks.machine.CEILING_BYTES", 1 << 10)
+    monkeypatch.setattr("benchmarks.machine.MATRIX", {"cpu": 8})
+    assert ceilings(CPU, torch.bfloat16).calls["product"]().dtype == dtype  # type: ignore[attr-defined]
+    assert has_bf16(CPU) == (dtype == torch.bfloat16)
 
 
 def test_plots_are_written_for_each_benchmark(tmp_path: Path) -> None:

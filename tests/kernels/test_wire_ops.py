@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +14,6 @@ from .bodies import bodies, needs_cpp
 from .wire_tools import DTYPES, make_flat
 
 ops = torch.ops.fibecfed
-CSRC = Path(__file__).parents[2] / "csrc"
 
 
 CPU = torch.device("cpu")
@@ -181,78 +176,6 @@ def test_one_value_that_is_not_finite_is_found_anywhere(body: str, dtype: torch.
             kept, values[at] = values[at].clone(), value
             assert checksums.digest(raw, ranges)[1] == [True]
             values[at] = kept
-
-
-# Whether every pass gives the checksum and the copy of slow code. The products of the wide registers are made by hand,
-# too, so that both widths are tested on processors that have only one of them, or none.
-PASSES = """
-    #include <cstdio>
-    #include "wire_pass.h"
-    uint64_t half(uint64_t a, uint64_t b, bool high) {
-      unsigned __int128 product = 0;
-      for (int i = 0; i < 64; ++i) if (b >> i & 1) product ^= static_cast<unsigned __int128>(a) << i;
-      return static_cast<uint64_t>(high ? product >> 64 : product);
-    }
-    template <class V> V product(V a, V b, int halves) {
-      V result;
-      const int x = halves & 1, y = halves >> 4;
-      for (size_t i = 0; i < sizeof a / 8; i += 2)
-        result[i] = half(a[i + x], b[i + y], false), result[i + 1] = half(a[i + x], b[i + y], true);
-      return result;
-    }
-    namespace wire {
-    #if defined(__x86_64__) && defined(WIRE_CRC_TARGET)
-    namespace by_hand_256 {
-    #define WIRE_FOLD_BYTES 32
-    #define WIRE_FOLD_TARGET
-    #define WIRE_FOLD_PRODUCT(a, b, halves) product<Vector>(a, b, halves)
-    #include "wire_fold.h"
-    }
-    namespace by_hand_512 {
-    #define WIRE_FOLD_BYTES 64
-    #define WIRE_FOLD_TARGET
-    #define WIRE_FOLD_PRODUCT(a, b, halves) product<Vector>(a, b, halves)
-    #include "wire_fold.h"
-    }
-    #endif
-    }
-    uint8_t bytes[9000], copied[9000];
-    int check(wire::Pass pass, int step) {
-      for (int start : {0, 1, 3})
-        for (int n = 0; n < 8990; n += n < 1300 ? step : 97 * step) {
-          const uint32_t crc = wire::update_portable(~0u - n, bytes + start, n);
-          const auto seen = pass({~0u - n, 0}, bytes + start, nullptr, n, wire::search_of(0));
-          std::memset(copied, 0xEE, sizeof copied);
-          const auto also = pass({~0u - n, 0}, bytes + start, copied + 1, n, wire::search_of(0));
-          if (seen.crc != crc || also.crc != crc) return 1;
-          if (std::memcmp(copied + 1, bytes + start, n) || copied[0] != 0xEE || copied[n + 1] != 0xEE) return 2;
-        }
-      return 0;
-    }
-    int main() {
-      for (int i = 0; i < 9000; ++i) bytes[i] = static_cast<uint8_t>(i * i >> 3);
-      for (auto pass : wire::passes())
-        if (int wrong = check(pass, 1)) return wrong;
-    #if defined(__x86_64__) && defined(WIRE_CRC_TARGET)
-      if (__builtin_cpu_supports("sse4.2"))
-        for (auto pass : {wire::by_hand_256::pass, wire::by_hand_512::pass})
-          if (int wrong = check(pass, 7)) return 2 + wrong;
-    #endif
-      std::printf("%08x", ~wire::update_portable(~0u, reinterpret_cast<const uint8_t*>("123456789"), 9));
-    }"""
-
-
-@needs_cpp
-def test_checksum_and_copy_are_the_same_by_every_version(tmp_path: Path) -> None:
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    source = tmp_path / "main.cpp"
-    source.write_text(PASSES)
-    options = ["-std=c++20", "-O1", "-Wno-psabi", f"-I{CSRC}"]
-    subprocess.run([compiler, *options, source, "-o", tmp_path / "main"], check=True)
-    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True)
-    assert done.stdout == "e3069283"
 
 
 @needs_cpp
