@@ -257,7 +257,7 @@ template <class T>
 void check_finite_of(int64_t kind, uint8_t place, const std::vector<uint8_t>& bytes, bool (*finite)(T)) {
   const auto w = read_as<T>(bytes.data(), bytes.size());
   std::vector<T> alone(w.size());
-  if (!w.empty()) alone[place * w.size() / 256] = w[place * w.size() / 256];
+  if (const size_t at = place * (w.size() - 1) / 255; !w.empty()) alone[at] = w[at];
   const wire::Search search = wire::search_of(kind);
   for (const wire::Pass pass : passes(bytes.size())) {
     for (const auto& values : {w, alone}) {

@@ -183,3 +183,13 @@ def test_norm_and_clipped_step_compile_into_one_graph() -> None:
     assert torch.equal(found, step(other, grad, other.mask, other.layout))
     assert torch.equal(state.data, other.data)
     assert torch.equal(state.steps, other.steps)
+
+
+@bodies
+def test_a_norm_is_no_function_to_differentiate(body: str) -> None:
+    state = State()
+    grad = torch.randn(state.numel, requires_grad=True)
+    with use_backend(body):
+        norm = masked_grad_norm(grad, state.mask, state.layout)
+    assert not norm.requires_grad
+    assert norm.item() == pytest.approx(grad.norm().item(), rel=1e-5)

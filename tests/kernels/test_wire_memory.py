@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -82,6 +83,12 @@ def test_bytes_are_read_where_they_are_and_unpacked_into_a_copy() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert peak_bytes(lambda same=same: plan.load(same, into), CPU) < 4096
+        tracemalloc.start()
+        try:
+            plan.load(same, into)
+            assert tracemalloc.get_traced_memory()[1] < plan.nbytes // 2  # nor a copy of Python's
+        finally:
+            tracemalloc.stop()
         assert torch.equal(into.data, flat.data)
         for tensor in plan.unpack(same).values():
             tensor.zero_()

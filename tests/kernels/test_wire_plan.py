@@ -136,3 +136,14 @@ def test_what_is_written_counts_as_changed() -> None:
         before = written._version
         use()
         assert written._version > before
+
+
+def test_entries_that_are_a_list_are_looked_at_every_time() -> None:
+    flat = make_flat(SMALL)
+    plan = WirePlan(flat)
+    entries = list(flat.entries)
+    other = Flat(flat.data, entries)  # type: ignore[arg-type]
+    plan.gather(other)
+    entries[0], entries[1] = entries[1], entries[0]
+    with pytest.raises(ValueError, match=r"^flat.entries: not those that the plan was made for"):
+        plan.gather(other)
