@@ -83,11 +83,13 @@ static inline Column column_of(const Task& task, int64_t at) {
 // Tokens of the strip for the tiles that do not read it in place, row by row: rows lie pages apart, and going down a
 // tile's columns instead costs more than the products.
 static void load_strip(bool as_pairs, const Task& task, int64_t token, int64_t tokens, float* scratch) {
+  constexpr int64_t tile_width = kVectors * kLanes;
+  int64_t first = 0;  // often all are read in place, or all but the last
+  while (first < task.columns && column_of(task, first).in_place) first += tile_width;
   const int64_t step = as_pairs ? 2 : 1;
-  for (int64_t t = 0; t < tokens; t += step) {
-    for (int64_t at = 0; at < task.columns; at += kVectors * kLanes) {
+  for (int64_t t = 0; t < tokens && first < task.columns; t += step) {
+    for (int64_t at = first; at < task.columns; at += tile_width) {
       const Column c = column_of(task, at);
-      if (c.in_place) continue;
       float* const to = scratch + at * task.chunk + t / step * c.width;
       load(as_pairs, task.wide, token + t, tokens - t < step ? 1 : step, task.column + at, c.count, c.width, to);
     }
