@@ -33,6 +33,7 @@ class Model:
 
 
 MODELS = (Model("RoBERTa-large", 24, 1024, 8), Model("LLaMA-7B", 32, 4096, 8))
+LITTLE = Model("little", 2, 16, 8)  # what calls are rehearsed on
 
 
 @dataclass

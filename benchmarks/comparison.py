@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 from . import results
 from .machine import Ceilings, ceilings, facts
 from .results import Row, quantile
-from .timing import Call, Rounds, host_microseconds, launches, peak_bytes, rounds_within
+from .timing import Call, Mode, Rounds, host_microseconds, launches, peak_bytes, rounds_within
+
+MODES: tuple[Mode, ...] = ("cold", "all cold", "warm")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Provider:
-    """call: what is timed. error: largest error of a result of the call against float64, None: not compared."""
+    """call: what is timed. error: largest error of a result of the call against float64, None: not compared. rehearsal:
+    the same call on little data (:class:`Rounds`); None where the call is so long, or has so little code, that it does
+    not matter."""
 
     call: Call
     error: Callable[[Any], float] | None = None
+    rehearsal: Call | None = None
+
+
+def rehearsed(providers: Mapping[str, Provider], small: Mapping[str, Provider]) -> dict[str, Provider]:
+    """Providers whose calls are rehearsed by those of the same names in ``small``."""
+    return {name: replace(provider, rehearsal=small[name].call) for name, provider in providers.items()}
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Comparison:
     path: Path
 
     def __call__(
-        self, work: Work, providers: Mapping[str, Provider], tolerance: float, modes: Sequence[str] = ("cold", "warm")
+        self, work: Work, providers: Mapping[str, Provider], tolerance: float, modes: Sequence[Mode] = MODES
     ) -> list[Row]:
         """Check, time and append a row for each provider and mode; returns the rows."""
         errors = {name: p.error(p.call()) if p.error is not None else None for name, p in providers.items()}
@@ -55,7 +65,7 @@ class Comparison:
         limits = ceilings(self.device, work.dtype)
         rows: list[Row] = []
         for mode in modes:
-            times = self._rounds(mode, {name: p.call for name, p in right.items()}, limits)
+            times = self._rounds(mode, right, limits)
             median = {name: quantile(values, 0.5) for name, values in times.items()}
             for name in providers:
                 rows.append(self._row(work, name, mode, times.get(name), limits, median, errors[name], tolerance))
@@ -71,16 +81,17 @@ class Comparison:
             self.pytest_benchmark.extra_info["wrong"] = {name: errors[name] for name in wrong}
         return rows
 
-    def _rounds(self, mode: str, calls: Mapping[str, Call], limits: Ceilings) -> dict[str, list[float]]:
-        rounds = Rounds(
-            {**calls, **{f"limit {name}": call for name, call in limits.calls.items()}}, mode == "cold", self.device
-        )
+    def _rounds(self, mode: Mode, providers: Mapping[str, Provider], limits: Ceilings) -> dict[str, list[float]]:
+        calls = {name: p.call for name, p in providers.items()}
+        calls |= {f"limit {name}": call for name, call in limits.calls.items()}
+        rehearsals = {name: p.rehearsal for name, p in providers.items() if p.rehearsal is not None}
+        rounds = Rounds(calls, mode, self.device, rehearsals)
         start = perf_counter()
         rounds.run()  # warm-up: compiles, and tells how long a round is
         count = rounds_within(self.seconds, perf_counter() - start)
         for times in rounds.milliseconds.values():
             times.clear()
-        if mode == "cold" and self.pytest_benchmark.stats is None:
+        if mode != "warm" and self.pytest_benchmark.stats is None:
             self.pytest_benchmark.pedantic(rounds.run, rounds=count, iterations=1)  # its table shows whole rounds
         else:
             for _ in range(count):

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from .results import RESULTS, Row, latest, read
+from .results import RESULTS, Row, latest, of_mode, read
 from .tables import OURS
 
 BLUE, GREY, COLORS = "#0072B2", "#888888", ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -44,7 +44,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="lower right")
-    figure.suptitle(f"{rows[0].benchmark}, {rows[0].mode} cache: {rows[0].device}, {rows[0].threads} threads")
+    figure.suptitle(f"{rows[0].benchmark}, {rows[0].mode}: {rows[0].device}, {rows[0].threads} threads")
     return figure
 
 
@@ -74,7 +74,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     )
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{rows[0].benchmark}, {rows[0].mode} cache: {rows[0].device}, {rows[0].threads} threads")
+    figure.suptitle(f"{rows[0].benchmark}, {rows[0].mode}: {rows[0].device}, {rows[0].threads} threads")
     return figure
 
 
@@ -82,7 +82,7 @@ def write(path: Path = RESULTS) -> list[Path]:
     """Draw the last run of every benchmark and device in a results file, beside it; returns the files."""
     rows, written = read(path), []
     for benchmark in dict.fromkeys(row.benchmark for row in rows):
-        of = [row for row in latest(rows, benchmark) if row.mode == "cold"]
+        of = of_mode(latest(rows, benchmark), "cold")
         for number, device in enumerate(dict.fromkeys(row.device for row in of)):
             own = [row for row in of if row.device == device]
             stem = "".join(c if c.isalnum() else "-" for c in benchmark).replace("--", "-") + (

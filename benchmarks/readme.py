@@ -23,7 +23,7 @@ SEEDS = ROOT / "benchmarks" / "results" / "seeds"
 BENCHMARKS = {  # name of the place: benchmark, mode, with memory
     "fisher": ("fisher", "cold", False),
     "packed": ("fisher: packed", "cold", False),
-    "scoring": ("scoring", "cold", True),
+    "scoring": ("scoring", "all cold", True),
     "step": ("training step", "warm", True),
     "clipping": ("clipped sum", "warm", True),
     "update": ("update", "cold", False),
@@ -33,7 +33,7 @@ BENCHMARKS = {  # name of the place: benchmark, mode, with memory
 }
 HEADLINES = (  # what, benchmark, shape, dtype, mode, peers
     ("Fisher scores and diagonal", "fisher", "LLaMA-7B N=8 T=512 r=8", "float32", "cold", ("bmm + square", "Opacus")),
-    ("a data set scored", "scoring", "MiniLM r=8, 256 film reviews", "float32", "cold", ("batch-of-1 loop",)),
+    ("a data set scored", "scoring", "MiniLM r=8, 256 film reviews", "float32", "all cold", ("batch-of-1 loop",)),
     ("the clipped sum of a batch", "clipped sum", "MiniLM r=8, N=32", "float32", "warm", (
         "Opacus, fast gradient clipping", "Opacus, hooks")),
     ("AdamW, all rows", "update", "RoBERTa-large r=8, 100% of the rows", "float32", "cold", ("torch fused",)),
@@ -45,6 +45,20 @@ HEADLINES = (  # what, benchmark, shape, dtype, mode, peers
         "memcpy, no message", "safetensors", "Flower, ArrayRecord")),
     ("the mean of ten messages", "wire: aggregate", "LLaMA-7B r=8, 10 devices", "float32", "cold", (
         "safetensors.torch.load + add_ by tensor", "Flower, pull + FedAvg")),
+)  # fmt: skip
+FROM_MEMORY = tuple(  # what a call costs when the processor holds nothing of it, at small shapes
+    (what, benchmark, shape, "float32", "all cold", peers)
+    for what, benchmark, shape, peers in (
+        ("Fisher scores and diagonal", "fisher", "MiniLM N=1 T=32 r=16", ("bmm + square", "Opacus")),
+        ("Fisher scores and diagonal", "fisher", "RoBERTa-large N=8 T=128 r=8", ("bmm + square", "Opacus")),
+        ("AdamW, all rows", "update", "RoBERTa-large r=8, 100% of the rows", ("torch fused",)),
+        ("AdamW, a tenth of the rows", "update", "RoBERTa-large r=8, 10% of the rows", (
+            "grad.mul_(mask) + torch fused (does not freeze)",)),
+        ("a message packed", "wire: pack", "RoBERTa-large r=8, half of the layers", (
+            "memcpy, no message", "safetensors")),
+        ("a message loaded", "wire: load", "RoBERTa-large r=8, half of the layers", (
+            "memcpy, no message", "safetensors")),
+    )
 )  # fmt: skip
 MARKED = re.compile(
     r"<!-- (?P<name>[a-z]+): python -m benchmarks\.readme -->\n(?P<old>.*?)<!-- /(?P=name) -->", re.DOTALL
@@ -114,7 +128,8 @@ def tables() -> dict[str, dict[str, str]]:
         },
         "benchmarks/README.md": {
             name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()
-        },
+        }
+        | {"memory": summary(rows, FROM_MEMORY)},
     }
 
 

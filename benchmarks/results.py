@@ -22,7 +22,7 @@ class Row:
     run: str
     benchmark: str
     provider: str
-    mode: str  # cold or warm cache
+    mode: str  # cold, all cold or warm: benchmarks/timing.py
     shape: str
     dtype: str
     ms20: float | None
@@ -86,6 +86,13 @@ def latest(rows: Iterable[Row], benchmark: str) -> list[Row]:
     for row in of:
         last[row.device] = max(last.get(row.device, ""), row.run)
     return [row for row in of if row.run == last[row.device]]
+
+
+def of_mode(rows: Iterable[Row], mode: str) -> list[Row]:
+    """The rows of a mode; of a device that was last measured when "cold" meant what now is "all cold", those."""
+    known = list(rows)
+    measured = {row.device for row in known if row.mode == mode}
+    return [row for row in known if row.mode == (mode if row.device in measured or mode != "cold" else "all cold")]
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from .results import Row, latest
+from .results import Row, latest, of_mode
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def table(rows: Iterable[Row], benchmark: str, mode: str = "cold", memory: bool 
     The others' columns are their time (or memory) over ours: above 1 they are slower, below 1 faster. "wrong": its
     result was not right, so it has no time. Raises ValueError when there is no row, or none of ours.
     """
-    of = [row for row in latest(rows, benchmark) if row.mode == mode]
+    of = of_mode(latest(rows, benchmark), mode)
     if not of:
         raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
     return "\n\n".join(
@@ -53,7 +53,8 @@ def _of_device(rows: Sequence[Row], memory: bool) -> str:
     others = [name for name in providers if name != ours]
     first = rows[0]
     lines = [
-        f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}, {first.run}:",
+        f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}, {first.run}, "
+        f"{first.mode}:",
         "",
         f"| shape | dtype | {ours}, ms | % of limit | {' | '.join(others)} |",
         f"|{'---|' * (4 + len(others))}",

@@ -10,7 +10,7 @@ import torch
 from fibecfed_kernels import lora_fisher_diag
 
 from . import fisher_peers
-from .comparison import Comparison, Provider, Work, relative_error
+from .comparison import Comparison, Provider, Work, rehearsed, relative_error
 from .fisher_peers import Found, Pair, make_pair, providers, truth
 
 WIDTHS = {"MiniLM": 384, "RoBERTa-large": 1024, "LLaMA-7B": 4096}
@@ -27,6 +27,7 @@ FEW = [  # (model, N, T, r)
 ]
 ALL = [(model, n, t, r) for model in WIDTHS for n in SAMPLES for t in TOKENS for r in RANKS]
 CPU_VALUES = 1 << 25  # of x: beyond, a comparison takes more than a minute on two cores
+PACKED_RANK = 8
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # a peer may keep gradients in the dtype of its inputs
 
 
@@ -55,26 +56,24 @@ def test_lora_fisher_diag(
     read = (pair.x, pair.h, pair.grad_h, pair.grad_y)
     moved = sum(t.numel() * t.element_size() for t in read) + 4 * (2 * d * r + 2 * samples)
     work = Work("fisher", f"{model} N={samples} T={tokens} r={r}", dtype, moved, 2 * samples * tokens * r * 2 * d)
-    rows = compare(
-        work, {name: Provider(partial(call, pair), error) for name, call in providers().items()}, TOLERANCES[dtype]
-    )
+    little = make_pair(1, 2, 16, r, dtype, device)
+    found = {name: Provider(partial(call, pair), error, partial(call, little)) for name, call in providers().items()}
+    rows = compare(work, found, TOLERANCES[dtype])
     assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"
 
 
-@pytest.mark.parametrize("model", ["RoBERTa-large", "LLaMA-7B"])
-def test_packed(compare: Comparison, device: torch.device, model: str) -> None:
-    """A batch with lengths like GLUE's, whose padding is not stored: the time should be that of the real tokens."""
-    d, r, samples, longest = WIDTHS[model], 8, 32, 128
+def packed_providers(d: int, samples: int, longest: int, device: torch.device) -> tuple[dict[str, Provider], int]:
+    """Of a batch with lengths like GLUE's, packed and padded; and its number of tokens."""
     lengths = torch.exp(3.0 + 0.6 * torch.randn(samples)).round().clamp(4, longest).int()
     lengths[0] = longest
-    padded = make_pair(samples, longest, d, r, torch.float32, device)
+    padded = make_pair(samples, longest, d, PACKED_RANK, torch.float32, device)
     real = (torch.arange(longest) < lengths[:, None]).to(device)
     for tensor in (padded.x, padded.grad_y):
         tensor[~real] = 0
     padded = Pair(padded.x, padded.x @ padded.a.T, padded.grad_y @ padded.b, padded.grad_y, padded.a, padded.b)
     packed = [t[real].contiguous() for t in (padded.x, padded.h, padded.grad_h, padded.grad_y)]
     offsets = torch.tensor([0, *lengths.tolist()]).cumsum(0, dtype=torch.int32).to(device)
-    wanted, tokens = truth(padded), int(lengths.sum())
+    wanted = truth(padded)
 
     def ours() -> Found:
         found = lora_fisher_diag(*packed, offsets)
@@ -83,18 +82,21 @@ def test_packed(compare: Comparison, device: torch.device, model: str) -> None:
     def error(found: Found) -> float:
         return relative_error(found, wanted)
 
-    moved = 4 * (2 * tokens * (d + r) + 2 * d * r + 2 * samples)
-    share = tokens / (samples * longest)
-    work = Work(
-        "fisher: packed",
-        f"{model} N={samples} r={r}, {share:.0%} real tokens",
-        torch.float32,
-        moved,
-        4 * tokens * r * d,
-    )
-    providers = {
+    found = {
         "fibecfed": Provider(ours, error),
-        f"fibecfed, padded to T={longest}": Provider(partial(fisher_peers.ours, padded), error),
-        f"bmm + square, padded to T={longest}": Provider(partial(fisher_peers.bmm, padded), error),
+        "fibecfed, padded": Provider(partial(fisher_peers.ours, padded), error),
+        "bmm + square, padded": Provider(partial(fisher_peers.bmm, padded), error),
     }
-    compare(work, providers, TOLERANCES[torch.float32])
+    return found, int(lengths.sum())
+
+
+@pytest.mark.parametrize("model", ["RoBERTa-large", "LLaMA-7B"])
+def test_packed(compare: Comparison, device: torch.device, model: str) -> None:
+    """The time of a batch whose padding is not stored should be that of its real tokens."""
+    d, r, samples, longest = WIDTHS[model], PACKED_RANK, 32, 128
+    found, tokens = packed_providers(d, samples, longest, device)
+    little, _ = packed_providers(16, 2, 4, device)
+    moved = 4 * (2 * tokens * (d + r) + 2 * d * r + 2 * samples)
+    what = f"{model} N={samples} r={r}, {tokens / (samples * longest):.0%} real tokens of {samples} x {longest}"
+    work = Work("fisher: packed", what, torch.float32, moved, 4 * tokens * r * d)
+    compare(work, rehearsed(found, little), TOLERANCES[torch.float32])

@@ -71,7 +71,7 @@ def test_score_samples(compare: Comparison, device: torch.device) -> None:
         providers[name] = Provider(lambda: scored(of, bf16=True))
     flop = of.flop(int(of.data.lengths[:SAMPLES].sum()))
     work = Work("scoring", f"MiniLM r=8, {SAMPLES} film reviews", torch.float32, of.bytes, flop)
-    compare(work, providers, TOLERANCE, modes=("cold",))
+    compare(work, providers, TOLERANCE, modes=("all cold",))
 
 
 def test_training_step(compare: Comparison, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from fibecfed_kernels import masked_adamw_, row_layout, use_backend
 
-from .adapters import MODELS, Adapter, Model
-from .comparison import Comparison, Provider, Work
+from .adapters import LITTLE, MODELS, Adapter, Model
+from .comparison import Comparison, Provider, Work, rehearsed
 
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 BYTES_PER_VALUE = 28  # value and both moments read and written, gradient read
@@ -54,6 +53,12 @@ class Case:
 
         return Provider(reference if body == "reference" else step, self.error)
 
+    def providers(self, active: float) -> dict[str, Provider]:
+        found = {"fibecfed": self.masked(), "fibecfed reference": self.masked("reference")}
+        if active == 1.0:
+            return found | {f"torch {kind}": self.torch_adamw(kind) for kind in ("fused", "foreach", "for-loop")}
+        return found | {"grad.mul_(mask) + torch fused (does not freeze)": self.torch_adamw("fused", masks=True)}
+
     def torch_adamw(self, kind: str, masks: bool = False) -> Provider:
         """torch.optim.AdamW; with ``masks``, gradients of inactive rows zeroed first, which does not freeze them."""
         flat = self.start.clone()
@@ -87,14 +92,7 @@ class Case:
 @pytest.mark.parametrize("model", [MODELS[0], replace(MODELS[1], r=16)], ids=str)
 def test_masked_adamw(compare: Comparison, device: torch.device, model: Model, active: float) -> None:
     case = Case(model, active, device)
-    providers: dict[str, Provider] = {"fibecfed": case.masked(), "fibecfed reference": case.masked("reference")}
-    peers: dict[str, Callable[[], Provider]]
-    if active == 1.0:
-        peers = {f"torch {kind}": lambda kind=kind: case.torch_adamw(kind) for kind in ("fused", "foreach", "for-loop")}
-    else:
-        peers = {"grad.mul_(mask) + torch fused (does not freeze)": lambda: case.torch_adamw("fused", masks=True)}
-    providers |= {name: make() for name, make in peers.items()}
-    rows = compare(
-        Work("update", f"{model}, {active:.0%} of the rows", torch.float32, case.bytes), providers, TOLERANCE
-    )
+    little = Case(LITTLE, active, device)
+    work = Work("update", f"{model}, {active:.0%} of the rows", torch.float32, case.bytes)
+    rows = compare(work, rehearsed(case.providers(active), little.providers(active)), TOLERANCE)
     assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"

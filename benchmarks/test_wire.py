@@ -16,8 +16,8 @@ from torch import Tensor
 from fibecfed_kernels import WirePlan, aggregate
 from fibecfed_kernels.wire import WireDtype
 
-from .adapters import MODELS, Adapter, Model
-from .comparison import Comparison, Provider, Work, relative_error
+from .adapters import LITTLE, MODELS, Adapter, Model
+from .comparison import Comparison, Provider, Work, rehearsed, relative_error
 from .wire_peers import (
     Tensors,
     Way,
@@ -60,9 +60,8 @@ def error_against(sent: Tensors) -> Callable[[Mapping[str, Tensor]], float]:
     return lambda found: relative_error([found[name].float() for name in sent], [t.double() for t in sent.values()])
 
 
-@models
-@shares
-def test_pack(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
+def pack_providers(model: Model, every: int, device: torch.device) -> tuple[dict[str, Provider], int]:
+    """And the number of values that travel."""
     adapter = Adapter(model, device)
     plans = plans_of(adapter, every)
     plan = plans["float32"]
@@ -85,12 +84,20 @@ def test_pack(compare: Comparison, device: torch.device, model: Model, every: in
     providers = {f"fibecfed {dtype}": ours(dtype) for dtype in DTYPES}
     providers |= {name: theirs(way) for name, way in ways().items()}
     providers["memcpy, no message"] = Provider(lambda: copied.copy_(values))
-    compare(Work("wire: pack", f"{model}, {SHARES[every]}", torch.float32, 8 * plan.numel), providers, 4e-3)
+    return providers, plan.numel
 
 
 @models
 @shares
-def test_load(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
+def test_pack(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
+    providers, numel = pack_providers(model, every, device)
+    little, _ = pack_providers(LITTLE, every, device)
+    work = Work("wire: pack", f"{model}, {SHARES[every]}", torch.float32, 8 * numel)
+    compare(work, rehearsed(providers, little), 4e-3)
+
+
+def load_providers(model: Model, every: int, device: torch.device) -> tuple[dict[str, Provider], int]:
+    """And the number of values that travel."""
     sender, adapter = Adapter(model, device), Adapter(model, device)
     plans = plans_of(adapter, every)
     plan = plans["float32"]
@@ -120,13 +127,21 @@ def test_load(compare: Comparison, device: torch.device, model: Model, every: in
     providers["fibecfed float32, unpack: views, no copy"] = Provider(lambda: plan.unpack(messages["float32"]), error)
     providers |= {name: theirs(way) for name, way in ways().items()}
     providers["memcpy, no message"] = Provider(lambda: values.copy_(host))
-    tolerance = 8e-2  # int4's half step is 1/14 of a block's largest value
-    compare(Work("wire: load", f"{model}, {SHARES[every]}", torch.float32, 8 * plan.numel), providers, tolerance)
+    return providers, plan.numel
 
 
 @models
-def test_aggregate(compare: Comparison, device: torch.device, model: Model) -> None:
-    """From messages as they arrived to the mean in each one's own form."""
+@shares
+def test_load(compare: Comparison, device: torch.device, model: Model, every: int) -> None:
+    providers, numel = load_providers(model, every, device)
+    little, _ = load_providers(LITTLE, every, device)
+    tolerance = 8e-2  # int4's half step is 1/14 of a block's largest value
+    work = Work("wire: load", f"{model}, {SHARES[every]}", torch.float32, 8 * numel)
+    compare(work, rehearsed(providers, little), tolerance)
+
+
+def aggregate_providers(model: Model, device: torch.device) -> tuple[dict[str, Provider], int]:
+    """From messages as they arrived to the mean in each one's own form; and the number of values of a message."""
     adapters = [Adapter(model, device) for _ in range(DEVICES)]
     plan = WirePlan(adapters[0], range(model.layers))
     messages = [plan.pack(adapter, round=1, num_samples=i + 1) for i, adapter in enumerate(adapters)]
@@ -159,5 +174,13 @@ def test_aggregate(compare: Comparison, device: torch.device, model: Model) -> N
 
         providers["Flower, pull + FedAvg"] = Provider(lambda: flower_fedavg(map(flower_pull, pushed)), of_record)
         providers["Flower, FedAvg of what was pulled"] = Provider(lambda: flower_fedavg(records), of_record)
-    moved = (DEVICES + 1) * 4 * plan.numel  # the messages read and the mean written
-    compare(Work("wire: aggregate", f"{model}, {DEVICES} devices", torch.float32, moved), providers, 1e-5)
+    return providers, plan.numel
+
+
+@models
+def test_aggregate(compare: Comparison, device: torch.device, model: Model) -> None:
+    providers, numel = aggregate_providers(model, device)
+    little, _ = aggregate_providers(LITTLE, device)
+    moved = (DEVICES + 1) * 4 * numel  # the messages read and the mean written
+    work = Work("wire: aggregate", f"{model}, {DEVICES} devices", torch.float32, moved)
+    compare(work, rehearsed(providers, little), 1e-5)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from time import perf_counter_ns
+from typing import Literal
 
 import torch
 
 Call = Callable[[], object]
+Mode = Literal["cold", "all cold", "warm"]
 
 FLUSH_BYTES = 1 << 28  # more than any cache holds
 
@@ -16,15 +18,19 @@ FLUSH_BYTES = 1 << 28  # more than any cache holds
 class Rounds:
     """Milliseconds of each call in each round.
 
-    cold: before a call a buffer larger than any cache is written. warm: before a call the same call is made untimed. On
-    CUDA the time is between two events on the stream; on the CPU it is the wall clock's.
+    all cold: before a call a buffer larger than any cache is read, so that on the CPU its code, Python's included, must
+    come from memory as its data must. cold: then its rehearsal is made, the same call on little data, so that only its
+    data must. warm: before a call the same call is made untimed. On CUDA the time is between two events on the stream;
+    on the CPU it is the wall clock's.
     """
 
-    def __init__(self, calls: Mapping[str, Call], cold: bool, device: torch.device) -> None:
-        self.calls = dict(calls)
+    def __init__(
+        self, calls: Mapping[str, Call], mode: Mode, device: torch.device, rehearsals: Mapping[str, Call] | None = None
+    ) -> None:
+        self.calls, self.rehearsals = dict(calls), dict(rehearsals or {})
         self.milliseconds: dict[str, list[float]] = {name: [] for name in calls}
-        self._cold, self._device = cold, device
-        self._flush = torch.empty(FLUSH_BYTES // 4 if cold else 0, device=device)
+        self._mode, self._device = mode, device
+        self._flush = torch.ones(0 if mode == "warm" else FLUSH_BYTES // 4, device=device)
 
     def run(self) -> None:
         """One round; who goes first changes from round to round."""
@@ -32,10 +38,12 @@ class Rounds:
         first = len(self.milliseconds[names[0]]) % len(names)
         for name in names[first:] + names[:first]:
             call = self.calls[name]
-            if self._cold:
-                self._flush.zero_()
-            else:
+            if self._mode == "warm":
                 call()
+            else:
+                self._flush.sum()
+                if self._mode == "cold" and name in self.rehearsals:
+                    self.rehearsals[name]()
             self.milliseconds[name].append(self._timed(call))
 
     def _timed(self, call: Call) -> float:

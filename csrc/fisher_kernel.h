@@ -60,10 +60,12 @@ static const void* address(const Operand& of, int64_t token, int64_t column) {
   return static_cast<const char*>(of.data) + (token * of.features + column) * size;
 }
 
-static Ahead strip_ahead(const Task& task, int64_t token) {
-  const int64_t size = task.wide.dtype == Dtype::float32 ? 4 : 2;
-  const char* row = static_cast<const char*>(address(task.wide, token, task.column));
-  return {row, row, task.columns * size, task.columns * size, task.wide.features * size};
+// The strip of a task from a token on; nothing where there is no task.
+static Ahead strip_ahead(const Task* task, int64_t token) {
+  if (task == nullptr) return {};
+  const int64_t size = task->wide.dtype == Dtype::float32 ? 4 : 2;
+  const char* row = static_cast<const char*>(address(task->wide, token, task->column));
+  return {row, row, task->columns * size, task->columns * size, task->wide.features * size};
 }
 
 // A tile's part of a strip. in_place: read where it lies; else it is converted once into scratch, tile after tile.
@@ -96,58 +98,45 @@ static void load_strip(bool as_pairs, const Task& task, int64_t token, int64_t t
   }
 }
 
-// product (rows, strip) = the gradient of the sample of tokens [begin, end), restricted to the task's rows and
-// columns.
-static void sample_product(const Task& task, int64_t begin, int64_t end, const Scratch& scratch) {
+// The sample of tokens [begin, end): its gradient P, restricted to the task's rows and columns, chunk by chunk; at the
+// last, diag += P squared and weight_grad += weight * P. Returns the sum of the squares, added in an order of its own.
+// `following`: the task that comes next, asked for at the last chunk of a task's last sample.
+static double add_sample(
+    const Task& task, int64_t begin, int64_t end, float weight, const Scratch& scratch, const int64_t* bounds,
+    Following* following) {
   const bool thin_in_place = task.thin.dtype == Dtype::float32;
   const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
   const bool as_pairs = FIBECFED_BF16 && task.wide.dtype == Dtype::bfloat16;
+  Doubles squares = {};
   for (int64_t token = begin; token < end; token += task.chunk) {
     const int64_t tokens = end - token < task.chunk ? end - token : task.chunk;
+    const bool last = token + tokens == end;
     if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
-    Ahead ahead = strip_ahead(task, token + tokens), none{};
+    Ahead none{}, ahead = strip_ahead(&task, token + tokens);
+    if (last && following != nullptr) {
+      const Task* next = following->ask();
+      ahead = strip_ahead(next, next == nullptr ? 0 : bounds[next->first_sample]);
+    }
     load_strip(as_pairs, task, token, tokens, scratch.wide);
     for (int64_t at = 0; at < task.columns; at += kVectors * kLanes) {
       const Column c = column_of(task, at);
       const void* wide = c.in_place ? address(task.wide, token, task.column + at) : scratch.wide + at * task.chunk;
       for (int64_t row = 0; row < task.rows; row += kRows) {
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
+        const int64_t place = row * task.strip + at;
+        const Sums sums{
+            scratch.product + place, scratch.diag + place,
+            scratch.weight_grad == nullptr ? nullptr : scratch.weight_grad + place,
+            task.strip, weight, &squares, token == begin, last};
         tile_of(as_pairs, c.in_place, task.wide.dtype, rows, c.vectors)(
-            tokens, thin + row, thin_stride, wide, c.in_place ? task.wide.features : c.width,
-            scratch.product + row * task.strip + at, task.strip, token == begin, row == 0 ? &ahead : &none);
+            tokens, thin + row, thin_stride, wide, c.in_place ? task.wide.features : c.width, sums,
+            row == 0 ? &ahead : &none);
       }
     }
   }
-}
-
-// diag += product squared, weight_grad += weight * product; returns the sum of the squares, added in an order of its
-// own.
-static double add_squares(const Task& task, const float* product, float weight, float* diag, float* weight_grad) {
-  const int64_t columns = task.columns;
   double total = 0.0;
-  for (int64_t i = 0; i < task.rows; ++i) {
-    const float* p = product + i * task.strip;
-    float* d = diag + i * task.strip;
-    float lanes[16] = {};
-    int64_t j = 0;
-    for (; j + 16 <= columns; j += 16) {
-      for (int l = 0; l < 16; ++l) {
-        const float square = p[j + l] * p[j + l];
-        lanes[l] += square;
-        d[j + l] += square;
-      }
-    }
-    for (; j < columns; ++j) {
-      const float square = p[j] * p[j];
-      lanes[0] += square;
-      d[j] += square;
-    }
-    for (int l = 0; l < 16; ++l) total += lanes[l];
-    if (weight_grad != nullptr) {
-      for (j = 0; j < columns; ++j) weight_grad[i * task.strip + j] += weight * p[j];
-    }
-  }
+  for (int lane = 0; lane < kLanes; ++lane) total += squares[lane];
   return total;
 }
 
@@ -155,18 +144,14 @@ static double add_squares(const Task& task, const float* product, float weight, 
 // all of it) into the scratch.
 static void run_task(
     const Task& task, const int64_t* bounds, const float* weights, double* scores, int64_t scores_stride,
-    const Scratch& scratch) {
+    const Scratch& scratch, Following* following) {
   for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.diag[i] = 0.0f;
   if (scratch.weight_grad != nullptr) {
     for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.weight_grad[i] = 0.0f;
   }
   for (int64_t n = task.first_sample; n < task.last_sample; ++n) {
-    double score = 0.0;
-    if (bounds[n] < bounds[n + 1]) {
-      sample_product(task, bounds[n], bounds[n + 1], scratch);
-      const float weight = weights == nullptr ? 1.0f : weights[n];
-      score = add_squares(task, scratch.product, weight, scratch.diag, scratch.weight_grad);
-    }
-    scores[n * scores_stride] = score;
+    scores[n * scores_stride] = add_sample(
+        task, bounds[n], bounds[n + 1], weights == nullptr ? 1.0f : weights[n], scratch, bounds,
+        n + 1 == task.last_sample ? following : nullptr);
   }
 }

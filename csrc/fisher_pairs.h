@@ -32,17 +32,12 @@ static void load_pairs(
 // As register_tile, with thin as pairs; wide as pairs (`packed`), or as it lies in memory.
 template <bool packed, int rows, int vectors>
 static void pair_tile(
-    int64_t tokens, const float* thin, int64_t thin_stride, const void* wide, int64_t wide_stride, float* product,
-    int64_t product_stride, bool first, Ahead* next) {
+    int64_t tokens, const float* thin, int64_t thin_stride, const void* wide, int64_t wide_stride, const Sums& sums,
+    Ahead* next) {
   const Word* pairs = reinterpret_cast<const Word*>(thin);
   const Word* words = static_cast<const Word*>(wide);
   const uint16_t* values = static_cast<const uint16_t*>(wide);
-  __m512 sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[i][v] = _mm512_setzero_ps();
-  }
+  Vector sum[rows][vectors] = {};
   Ahead ahead = *next;
   for (int64_t t = 0; t < tokens; t += 2) {
     __m512i w[vectors];
@@ -68,14 +63,7 @@ static void pair_tile(
     values += 2 * wide_stride;
   }
   *next = ahead;
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * product_stride + v * kLanes);
-      *out = first ? (Vector)sum[i][v] : *out + (Vector)sum[i][v];
-    }
-  }
+  finish(sum, sums);
 }
 
 template <bool packed>

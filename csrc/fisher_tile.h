@@ -71,12 +71,47 @@ static inline __attribute__((always_inline)) Vector read(const Float16* from) {
 #endif
 #endif
 
-// product (kRows x kVectors registers, row stride product_stride) = or += thin[t, row] * wide[t, column] over the
-// tokens.
+typedef double Doubles __attribute__((vector_size(8 * FIBECFED_LANES)));
+
+// What becomes of a tile's sums over a chunk of a sample's tokens: they are added up in `product`; at the last chunk,
+// diag += product squared, weight_grad (if it is there) += weight * product, squares += the squares.
+struct Sums {
+  float *product, *diag, *weight_grad;  // of the tile's first row and column
+  int64_t stride;                       // of their rows
+  float weight;
+  Doubles* squares;
+  bool first, last;
+};
+
+template <int rows, int vectors>
+static inline __attribute__((always_inline)) void finish(const Vector (&sum)[rows][vectors], const Sums& sums) {
+  const Sums to = sums;  // of its own, so that what is written cannot change it
+  Vector squares = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = i * to.stride + v * kLanes;
+      const auto place = [at](float* of) -> Unaligned& { return *reinterpret_cast<Unaligned*>(of + at); };
+      const Vector value = to.first ? sum[i][v] : place(to.product) + sum[i][v];
+      if (to.last) {
+        const Vector square = value * value;
+        squares += square;
+        place(to.diag) += square;
+        if (to.weight_grad != nullptr) place(to.weight_grad) += to.weight * value;
+      } else {
+        place(to.product) = value;
+      }
+    }
+  }
+  if (to.last) *to.squares += __builtin_convertvector(squares, Doubles);
+}
+
+// sums (kRows x kVectors registers) of thin[t, row] * wide[t, column] over the tokens.
 template <class Element, int rows, int vectors>
 static void register_tile(
-    int64_t tokens, const float* thin, int64_t thin_stride, const void* first_wide, int64_t wide_stride, float* product,
-    int64_t product_stride, bool first, Ahead* next) {
+    int64_t tokens, const float* thin, int64_t thin_stride, const void* first_wide, int64_t wide_stride,
+    const Sums& sums, Ahead* next) {
   const Element* wide = static_cast<const Element*>(first_wide);
   Vector sum[rows][vectors] = {};
   Ahead ahead = *next;
@@ -94,17 +129,10 @@ static void register_tile(
     wide += wide_stride;
   }
   *next = ahead;
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(product + i * product_stride + v * kLanes);
-      *out = first ? sum[i][v] : *out + sum[i][v];
-    }
-  }
+  finish(sum, sums);
 }
 
-typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, float*, int64_t, bool, Ahead*);
+typedef void (*RegisterTile)(int64_t, const float*, int64_t, const void*, int64_t, const Sums&, Ahead*);
 
 template <class Element>
 struct Values {

@@ -53,7 +53,7 @@ def compare(path: Path, runner: PlainRunner | None = None) -> Comparison:
 
 def test_every_round_runs_every_call_once_and_changes_who_goes_first() -> None:
     order: list[str] = []
-    rounds = Rounds({name: lambda name=name: order.append(name) for name in "abc"}, cold=True, device=CPU)
+    rounds = Rounds({name: lambda name=name: order.append(name) for name in "abc"}, "all cold", CPU)
     for _ in range(4):
         rounds.run()
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
@@ -62,9 +62,19 @@ def test_every_round_runs_every_call_once_and_changes_who_goes_first() -> None:
 
 def test_a_warm_call_comes_right_after_the_same_call_untimed() -> None:
     order: list[str] = []
-    rounds = Rounds({name: lambda name=name: order.append(name) for name in "ab"}, cold=False, device=CPU)
+    rounds = Rounds({name: lambda name=name: order.append(name) for name in "ab"}, "warm", CPU)
     rounds.run()
     assert "".join(order) == "aabb"
+    assert all(len(times) == 1 for times in rounds.milliseconds.values())
+
+
+def test_a_cold_call_comes_after_its_rehearsal_and_that_after_the_caches_were_filled() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    rounds = Rounds(calls, "cold", CPU, {"a": lambda: order.append("-")})
+    rounds._flush = SimpleNamespace(sum=lambda: order.append("."))  # type: ignore[assignment]
+    rounds.run()
+    assert "".join(order) == ".-a.b"
     assert all(len(times) == 1 for times in rounds.milliseconds.values())
 
 
@@ -109,7 +119,7 @@ def test_a_wrong_provider_gets_a_row_and_no_time(tmp_path: Path, small_limits: N
         assert (row.ms50 is not None) == (row.gbps is not None) == (row.floor_percent is not None) == right
         assert row.error == pytest.approx(0.0 if right else 1 / 3)
     assert {(row.provider, row.mode) for row in rows} == {
-        (p, m) for p in ("fibecfed", "other") for m in ("cold", "warm")
+        (p, m) for p in ("fibecfed", "other") for m in ("cold", "all cold", "warm")
     }
     assert runner.pedantic_rounds == 5
     assert "wrong" in runner.extra_info
