@@ -15,6 +15,7 @@ from .plan import WirePlan
 
 CHUNK = 1 << 17  # values divided and rounded while they are in a cache
 TOGETHER = 16  # messages of a list that are added at once: the sum then moves once for all of them
+CACHED = 1 << 21  # values of a sum that stays in a cache: then a message is better added while that holds it, too
 
 
 def aggregate(
@@ -38,7 +39,7 @@ def aggregate(
         plan: what the messages must be.
         buffers: messages. Of a generator, each is checked, added and let go before the next is asked for, so one that
             receives them holds one at a time. Those of a list, which are there anyway, are checked one by one and added
-            several at once; a message must not change meanwhile. The same bits either way.
+            several at once where they are large; a message must not change meanwhile. The same bits either way.
         weights: one a message, finite, in [1e-100, 1e100]. None: FedAvg's, the sample counts that the messages state
             (a device can claim any number: give your own where that matters).
         round: if given, every message must be of it.
@@ -68,7 +69,8 @@ def aggregate(
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     sum = _sum_of(plan, accumulator, out, device)
-    together = type(buffers) in (list, tuple) and sum.is_cpu and not (plan.delta or plan.sparse)
+    listed, plain = type(buffers) in (list, tuple), not (plan.delta or plan.sparse)
+    together = listed and plain and sum.is_cpu and plan.numel > CACHED
     adder = (_Together if together else _OneByOne)(plan, sum, round, base, max_bytes)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)

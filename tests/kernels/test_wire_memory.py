@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.timing import peak_bytes
 from fibecfed_kernels import WireError, WirePlan, aggregate
@@ -93,3 +94,27 @@ def test_bytes_are_read_where_they_are_and_unpacked_into_a_copy() -> None:
         for tensor in plan.unpack(same).values():
             tensor.zero_()
         assert bytes(same) == before
+
+
+class Calls(TorchDispatchMode):
+    """Names of the library's ops, as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "fibecfed":
+            self.names.append(func.__name__.removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_messages_of_a_list_are_added_together_where_the_sum_is_larger_than_a_cache(
+    monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    plan, message = planned("float32")
+    monkeypatch.setattr("fibecfed_kernels.wire.mean.CACHED", plan.numel - more)
+    with Calls() as calls:
+        aggregate(plan, [message] * 3)
+    assert calls.names == ["wire_read_"] * 3 + ["wire_accumulate_"] * more
