@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from .machine import Ceilings, ceilings, facts
 from .results import Row, quantile
 from .timing import Call, Mode, Rounds, host_microseconds, launches, peak_bytes, rounds_within
 
-MODES: tuple[Mode, ...] = ("cold", "all cold", "warm")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ def rehearsed(providers: Mapping[str, Provider], small: Mapping[str, Provider]) 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of a suite's providers; made by the fixture ``compare``."""
+    """The comparison of a suite's providers; made by the fixture ``compare``. only: leave out all modes but these."""
 
     pytest_benchmark: Any
     device: torch.device
     run: str
     seconds: float
     path: Path
+    only: Sequence[Mode] | None = None
 
     def __call__(
         self, work: Work, providers: Mapping[str, Provider], tolerance: float, modes: Sequence[Mode] = MODES
@@ -64,6 +66,9 @@ class Comparison:
         right = {name: p for name, p in providers.items() if (error := errors[name]) is None or error <= tolerance}
         limits = ceilings(self.device, work.dtype)
         rows: list[Row] = []
+        modes = [mode for mode in modes if self.only is None or mode in self.only]
+        if not modes:
+            pytest.skip(f"{work.benchmark} is not measured in mode {self.only}")
         for mode in modes:
             times = self._rounds(mode, right, limits)
             median = {name: quantile(values, 0.5) for name, values in times.items()}

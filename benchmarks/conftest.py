@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .comparison import Comparison
+from .comparison import MODES, Comparison
 from .results import RESULTS
 
 
@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, default=RESULTS, help="the CSV file that rows are appended to")
     group.addoption("--on", choices=("cpu", "cuda"), default="cpu", help="the device that is measured")
     group.addoption("--shapes", choices=("few", "all"), default="few", help="how many shapes")
+    group.addoption("--mode", choices=MODES, action="append", help="only this one (again: and that one)")
     group.addoption("--seconds", type=float, default=3.0, help="time for the rounds of one table and one mode")
 
 
@@ -52,4 +53,4 @@ def _seeded() -> Iterator[None]:
 def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, run_name: str) -> Comparison:
     """Times providers in the rounds that pytest-benchmark makes, and appends a row for each."""
     option = request.config.getoption
-    return Comparison(benchmark, device, run_name, option("--seconds"), option("--results"))
+    return Comparison(benchmark, device, run_name, option("--seconds"), option("--results"), option("--mode"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RunRecord, read_record
 
-from .results import RESULTS, read
-from .tables import summary, table
+from .results import RESULTS, SHAPES, read
+from .tables import by_rank, summary, table
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
@@ -129,7 +129,7 @@ def tables() -> dict[str, dict[str, str]]:
         "benchmarks/README.md": {
             name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()
         }
-        | {"memory": summary(rows, FROM_MEMORY)},
+        | {"memory": summary(rows, FROM_MEMORY), "shapes": by_rank(read(SHAPES), "fisher", "bmm + square")},
     }
 
 

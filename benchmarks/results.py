@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "results.csv"
+SHAPES = RESULTS.with_name("shapes.csv")  # of --shapes all: one mode at many shapes
 
 
 @dataclass(frozen=True)

@@ -45,16 +45,45 @@ def summary(rows: Iterable[Row], lines: Sequence[tuple[str, str, str, str, str, 
     return "\n".join(found)
 
 
+def by_rank(rows: Iterable[Row], benchmark: str, peer: str, mode: str = "cold") -> str:
+    """A benchmark's last run on each device, a line a shape but for its rank r, a column a rank: a peer's time over
+    ours, and ours as share of the machine's limit. Raises ValueError when there is no row."""
+    of = [row for row in latest(rows, benchmark) if row.mode == mode]
+    if not of:
+        raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
+    ranks = sorted({int(row.shape.rpartition("=")[2]) for row in of})
+    found = []
+    for device in _unique(row.device for row in of):
+        known = {(r.shape, r.dtype, r.provider): r for r in of if r.device == device}
+        lines = [
+            _caption(next(iter(known.values()))),
+            "",
+            f"| {peer} over {OURS[0]} (% of limit) | dtype | {' | '.join(f'r={r}' for r in ranks)} |",
+            f"|{'---|' * (2 + len(ranks))}",
+        ]
+        for head, dtype in _unique((shape.rpartition(" ")[0], dtype) for shape, dtype, _ in known):
+            cells = []
+            for r in ranks:
+                own, other = (known.get((f"{head} r={r}", dtype, name)) for name in (OURS[0], peer))
+                share = "" if own is None or own.floor_percent is None else f" ({own.floor_percent:.0f})"
+                cells.append("" if own is None else f"{_ratio(other, own)}{share}")
+            lines.append(f"| {' | '.join([head, dtype, *cells])} |")
+        found.append("\n".join(lines))
+    return "\n\n".join(found)
+
+
+def _caption(row: Row) -> str:
+    return f"{row.device}, {row.threads} threads, torch {row.torch}, commit {row.commit}, {row.run}, {row.mode}:"
+
+
 def _of_device(rows: Sequence[Row], memory: bool) -> str:
     providers = _unique(row.provider for row in rows)
     ours = next((name for name in OURS if name in providers), None)
     if ours is None:
         raise ValueError(f"{rows[0].benchmark}: no rows of {' or '.join(OURS)}")
     others = [name for name in providers if name != ours]
-    first = rows[0]
     lines = [
-        f"{first.device}, {first.threads} threads, torch {first.torch}, commit {first.commit}, {first.run}, "
-        f"{first.mode}:",
+        _caption(rows[0]),
         "",
         f"| shape | dtype | {ours}, ms | % of limit | {' | '.join(others)} |",
         f"|{'---|' * (4 + len(others))}",

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from benchmarks import plot, results
-from benchmarks.adapters import Model
-from benchmarks.comparison import Comparison, Provider, Work, relative_error
+from benchmarks.adapters import LITTLE, Model
+from benchmarks.comparison import Comparison, Provider, Work, rehearsed, relative_error
 from benchmarks.fisher_peers import make_pair, providers, truth
 from benchmarks.machine import Ceilings, ceilings, has_bf16
-from benchmarks.results import Row, latest, quantile, read
-from benchmarks.tables import summary, table
+from benchmarks.results import Row, latest, of_mode, quantile, read
+from benchmarks.tables import by_rank, summary, table
+from benchmarks.test_fisher import packed_providers
 from benchmarks.test_update import Case
+from benchmarks.test_wire import aggregate_providers, load_providers, pack_providers
 from benchmarks.timing import Rounds, peak_bytes, rounds_within
 
 CPU = torch.device("cpu")
@@ -180,6 +182,36 @@ def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> N
         table(rows, "wire: pack")
 
 
+def test_many_shapes_are_a_column_a_rank() -> None:
+    rows = [row(shape="M N=1 T=2 r=16"), row("bmm", 5.0, shape="M N=1 T=2 r=16"), row(shape="M N=1 T=2 r=4", ms=4.0)]
+    rows += [row("bmm", 1.0, shape="M N=1 T=2 r=4"), row(shape="M N=8 T=2 r=4", dtype="bfloat16", ms=None)]
+    rows += [row(shape="M N=1 T=2 r=4", mode="warm", ms=9.0)]
+    lines = by_rank(rows, "fisher", "bmm").splitlines()
+    assert lines[2] == "| bmm over fibecfed (% of limit) | dtype | r=4 | r=16 |"
+    assert lines[4:] == ["| M N=1 T=2 | float32 | 0.25 (25) | 2.50 (50) |", "| M N=8 T=2 | bfloat16 |  |  |"]
+    with pytest.raises(ValueError, match="no all cold rows"):
+        by_rank(rows, "fisher", "bmm", "all cold")
+
+
+def test_modes_can_be_left_out(tmp_path: Path, small_limits: None) -> None:
+    comparison = replace(compare(tmp_path / "results.csv"), only=["warm"])
+    rows = comparison(Work("sum", "N=3", torch.float32, bytes=12), {"fibecfed": Provider(torch.ones(3).sum)}, 0.0)
+    assert [row.mode for row in rows] == ["warm"]
+    with pytest.raises(pytest.skip.Exception):
+        comparison(Work("sum", "N=3", torch.float32, bytes=12), {}, 0.0, modes=("cold",))
+
+
+def test_a_device_without_cold_rows_shows_those_where_all_was_cold_and_says_so() -> None:
+    rows = [row(), row(mode="all cold", ms=8.0), row(device="old", mode="all cold", ms=9.0), row(mode="warm", ms=1.0)]
+    first, second = table([*rows, row(device="old", mode="warm", ms=1.0)], "fisher").split("\n\nold")
+    assert first.splitlines()[0].endswith(", cold:")
+    assert first.splitlines()[4].startswith("| N=8 | float32 | 2 |")
+    assert second.splitlines()[0].endswith(", all cold:")
+    assert second.splitlines()[4].startswith("| N=8 | float32 | 9 |")
+    assert len(of_mode(rows, "all cold")) == 2
+    assert of_mode(rows, "warm") == [rows[3]]
+
+
 def test_the_summary_is_of_the_last_run_on_whatever_machine() -> None:
     line = ("scores", "fisher", "N=8", "float32", "cold", ("bmm",))
     rows = [row(device="old", run="2025"), row("bmm", 6.0, device="old", run="2025")]
@@ -221,6 +253,26 @@ def test_every_provider_computes_the_same_scores_and_diagonals(name: str) -> Non
     found, wanted = providers()[name](pair), truth(pair)
     assert relative_error(found, wanted[: len(found)]) < 1e-5
     assert len(found) == (1 if "scores only" in name else 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: packed_providers(model.d, 3, 9, CPU),
+        lambda model: pack_providers(model, 1, CPU),
+        lambda model: load_providers(model, 2, CPU),
+        lambda model: aggregate_providers(model, CPU),
+        lambda model: (Case(model, 0.5, CPU).providers(0.5), None),
+    ],
+    ids=["packed", "pack", "load", "aggregate", "update"],
+)
+def test_every_call_has_a_rehearsal_of_its_own_kind(make: Any) -> None:
+    large, little = make(Model("large", 2, 24, 4))[0], make(LITTLE)[0]
+    for name, provider in rehearsed(large, little).items():
+        assert provider.call is large[name].call
+        assert provider.rehearsal is little[name].call is not None
+    with pytest.raises(KeyError):
+        rehearsed(large, {})
 
 
 @pytest.mark.parametrize("active", [1.0, 0.3])
