@@ -73,11 +73,13 @@ def test_a_warm_call_comes_right_after_the_same_call_untimed() -> None:
 def test_a_cold_call_comes_after_its_rehearsal_and_that_after_the_caches_were_filled() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    rounds = Rounds(calls, "cold", CPU, {"a": lambda: order.append("-")})
-    rounds._flush = SimpleNamespace(sum=lambda: order.append("."))  # type: ignore[assignment]
-    rounds.run()
-    assert "".join(order) == ".-a.b"
-    assert all(len(times) == 1 for times in rounds.milliseconds.values())
+    for mode, wanted in (("cold", ".-a.b"), ("all cold", ".a.b")):
+        order.clear()
+        rounds = Rounds(calls, mode, CPU, {"a": lambda: order.append("-")})
+        rounds._flush = SimpleNamespace(sum=lambda: order.append("."))  # type: ignore[assignment]
+        rounds.run()
+        assert "".join(order) == wanted
+        assert all(len(times) == 1 for times in rounds.milliseconds.values())
 
 
 def test_the_number_of_rounds_fits_the_time_within_bounds() -> None:
@@ -194,11 +196,15 @@ def test_many_shapes_are_a_column_a_rank() -> None:
 
 
 def test_modes_can_be_left_out(tmp_path: Path, small_limits: None) -> None:
-    comparison = replace(compare(tmp_path / "results.csv"), only=["warm"])
-    rows = comparison(Work("sum", "N=3", torch.float32, bytes=12), {"fibecfed": Provider(torch.ones(3).sum)}, 0.0)
-    assert [row.mode for row in rows] == ["warm"]
+    rehearsed: list[str] = []
+    ours = {"fibecfed": Provider(torch.ones(3).sum, rehearsal=lambda: rehearsed.append("once a round"))}
+    for mode, rehearsals in (("warm", 0), ("cold", 6)):  # five rounds, and one before
+        comparison = replace(compare(tmp_path / "results.csv"), only=[mode])
+        rows = comparison(Work("sum", "N=3", torch.float32, bytes=12), ours, 0.0)
+        assert [row.mode for row in rows] == [mode]
+        assert len(rehearsed) == rehearsals
     with pytest.raises(pytest.skip.Exception):
-        comparison(Work("sum", "N=3", torch.float32, bytes=12), {}, 0.0, modes=("cold",))
+        comparison(Work("sum", "N=3", torch.float32, bytes=12), {}, 0.0, modes=("warm",))
 
 
 def test_a_device_without_cold_rows_shows_those_where_all_was_cold_and_says_so() -> None:
