@@ -100,7 +100,8 @@ static void load_strip(bool as_pairs, const Task& task, int64_t token, int64_t t
 
 // The sample of tokens [begin, end): its gradient P, restricted to the task's rows and columns, chunk by chunk; at the
 // last, diag += P squared and weight_grad += weight * P. Returns the sum of the squares, added in an order of its own.
-// `following`: the task that comes next, asked for at the last chunk of a task's last sample.
+// `following`: the task that comes next, asked for at the last chunk of a task's last sample, unless that is its first:
+// nobody should hold two tasks who has hardly begun with one.
 static double add_sample(
     const Task& task, int64_t begin, int64_t end, float weight, const Scratch& scratch, const int64_t* bounds,
     Following* following) {
@@ -114,7 +115,7 @@ static double add_sample(
     if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
     Ahead none{}, ahead = strip_ahead(&task, token + tokens);
-    if (last && following != nullptr) {
+    if (last && following != nullptr && token > bounds[task.first_sample]) {
       const Task* next = following->ask();
       ahead = strip_ahead(next, next == nullptr ? 0 : bounds[next->first_sample]);
     }
@@ -128,7 +129,7 @@ static double add_sample(
         const Sums sums{
             scratch.product + place, scratch.diag + place,
             scratch.weight_grad == nullptr ? nullptr : scratch.weight_grad + place,
-            task.strip, weight, &squares, token == begin, last};
+            task.strip, c.count, weight, &squares, token == begin, last};
         tile_of(as_pairs, c.in_place, task.wide.dtype, rows, c.vectors)(
             tokens, thin + row, thin_stride, wide, c.in_place ? task.wide.features : c.width, sums,
             row == 0 ? &ahead : &none);

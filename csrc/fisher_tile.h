@@ -72,12 +72,21 @@ static inline __attribute__((always_inline)) Vector read(const Float16* from) {
 #endif
 
 typedef double Doubles __attribute__((vector_size(8 * FIBECFED_LANES)));
+typedef int32_t Lanes __attribute__((vector_size(4 * FIBECFED_LANES)));
+
+// The first `count` lanes, zero in the others.
+static inline __attribute__((always_inline)) Vector lanes_below(int64_t count, Vector value) {
+  Lanes lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(count) ? value : Vector{};
+}
 
 // What becomes of a tile's sums over a chunk of a sample's tokens: they are added up in `product`; at the last chunk,
 // diag += product squared, weight_grad (if it is there) += weight * product, squares += the squares.
 struct Sums {
   float *product, *diag, *weight_grad;  // of the tile's first row and column
   int64_t stride;                       // of their rows
+  int64_t columns;                      // of the tile: behind them all is zero, or NaN where thin is infinite
   float weight;
   Doubles* squares;
   bool first, last;
@@ -96,7 +105,7 @@ static inline __attribute__((always_inline)) void finish(const Vector (&sum)[row
       const Vector value = to.first ? sum[i][v] : place(to.product) + sum[i][v];
       if (to.last) {
         const Vector square = value * value;
-        squares += square;
+        squares += v + 1 < vectors ? square : lanes_below(to.columns - v * kLanes, square);
         place(to.diag) += square;
         if (to.weight_grad != nullptr) place(to.weight_grad) += to.weight * value;
       } else {

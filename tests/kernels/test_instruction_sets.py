@@ -66,6 +66,16 @@ def test_fisher_of_every_number_of_rows_that_a_tile_may_leave(instruction_set: s
             assert_near(found, truth, "fisher")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 4, 5, 8, 15, 17, 31, 33, 100])
+def test_the_score_of_an_infinite_gradient_is_infinite(instruction_set: str, width: int, dtype: torch.dtype) -> None:
+    """Also where a register is filled up with zeros: infinity times zero is NaN."""
+    x = torch.ones(2, 1, width, dtype=dtype)
+    grad_y = torch.tensor([[[torch.inf, 1.0]], [[1.0, 2.0]]], dtype=dtype)
+    for result in (fisher_diag(x, grad_y), fisher_diag(grad_y, x)):
+        assert result.scores.tolist() == [torch.inf, 5.0 * width]
+
+
 def test_infinities_of_float16_stay_what_they_are(instruction_set: str) -> None:
     x, grad_y = torch.ones(4, 1, 41, dtype=torch.float16), torch.ones(4, 1, 3, dtype=torch.float16)
     for place in (0, 40):  # whole vectors, and what is left of a row
