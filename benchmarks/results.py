@@ -81,12 +81,12 @@ def read(path: Path = RESULTS) -> list[Row]:
 
 
 def latest(rows: Iterable[Row], benchmark: str) -> list[Row]:
-    """The rows of the last run of a benchmark, for each device."""
+    """The rows of the last run of a benchmark, for each device; what was measured last comes first."""
     of = [row for row in rows if row.benchmark == benchmark]
     last: dict[str, str] = {}
     for row in of:
         last[row.device] = max(last.get(row.device, ""), row.run)
-    return [row for row in of if row.run == last[row.device]]
+    return sorted((row for row in of if row.run == last[row.device]), key=lambda row: row.run, reverse=True)
 
 
 def of_mode(rows: Iterable[Row], mode: str) -> list[Row]:

@@ -18,7 +18,8 @@ struct Line {
   int64_t numel() const { return rows * length; }
 };
 
-// A codec knows where a line's values are in a message; with(...): the same in another. kRows: a row (or block) has a scale, and must not be divided;
+// A codec knows where a line's values are in a message; with(...): the same in another. kRows: a row (or block) has a
+// scale, and must not be divided;
 // kCopies: a value stays as it is. In int4 they begin on a byte: lines start at even values.
 template <class Kind>
 struct Floats {

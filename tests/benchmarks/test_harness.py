@@ -168,7 +168,9 @@ def test_rows_are_appended_and_other_columns_refused(tmp_path: Path) -> None:
 
 def test_only_the_last_run_of_each_device_is_shown() -> None:
     old, new, gpu = row(ms=9.0, run="2025"), row(run="2026"), row(device="gpu", run="2024")
-    assert latest([old, new, gpu, row(benchmark="update", run="2027")], "fisher") == [new, gpu]
+    for rows in ([old, new, gpu], [gpu, old, new]):
+        assert latest([*rows, row(benchmark="update", run="2027")], "fisher") == [new, gpu]
+    assert latest([row(), row("bmm"), row(shape="N=1")], "fisher") == [row(), row("bmm"), row(shape="N=1")]
 
 
 def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> None:
