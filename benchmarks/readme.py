@@ -20,6 +20,7 @@ from .tables import by_rank, summary, table
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
 SEEDS = ROOT / "benchmarks" / "results" / "seeds"
+FEDAVG = ROOT / "benchmarks" / "results" / "fedavg"  # the same seeds without the method
 BENCHMARKS = {  # name of the place: benchmark, mode, with memory
     "fisher": ("fisher", "cold", False),
     "packed": ("fisher: packed", "cold", False),
@@ -83,18 +84,23 @@ def demo_table(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
-def seeds_table(records: Sequence[RunRecord]) -> str:
-    """The last round of several runs that differ by their seed, beside always naming the majority class."""
+def seeds_table(runs: Mapping[str, Sequence[RunRecord]]) -> str:
+    """The last round of several runs that differ by their seed, for each way to train, beside always naming the
+    majority class; what moved, and how many samples were trained on."""
     lines = [
-        "| seed | global accuracy | majority class | personal accuracy | devices' own majority |",
-        "|---|---|---|---|---|",
+        "| | seed | global accuracy | majority class | personal accuracy | own majority | MB moved | samples seen |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for record in records:
-        end = record.end
-        if end is None:
-            raise ValueError(f"{record.path}: not a whole run")
-        shares = (end.global_accuracy, end.majority, end.personal_accuracy, end.personal_majority)
-        lines.append(f"| {' | '.join([str(record.config.seed), *map(_percent, shares)])} |")
+    for name, records in runs.items():
+        for record in records:
+            end = record.end
+            if end is None:
+                raise ValueError(f"{record.path}: not a whole run")
+            shares = (end.global_accuracy, end.majority, end.personal_accuracy, end.personal_majority)
+            moved = (end.bytes_up + end.bytes_down) / 1e6
+            samples = sum(entry.samples or 0 for entry in record.rounds)
+            cells = [name, str(record.config.seed), *map(_percent, shares), f"{moved:.1f}", f"{samples:,}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -118,7 +124,10 @@ def _percent(share: float | None) -> str:
 
 def tables() -> dict[str, dict[str, str]]:
     """By document: every table by the name of its place, from what is recorded."""
-    seeds = [read_record(folder) for folder in sorted(SEEDS.iterdir())]
+    seeds = {
+        name: [read_record(folder) for folder in sorted(runs.iterdir())]
+        for name, runs in (("FibecFed", SEEDS), ("FedAvg", FEDAVG))
+    }
     rows = read(RESULTS)
     return {
         "README.md": {
