@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -49,33 +48,30 @@ def rehearsed(providers: Mapping[str, Provider], small: Mapping[str, Provider]) 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of a suite's providers; made by the fixture ``compare``. only: leave out all modes but these."""
+    """The comparison of a suite's providers in some modes; made by the fixture ``compare``."""
 
     pytest_benchmark: Any
     device: torch.device
     run: str
     seconds: float
     path: Path
-    only: Sequence[Mode] | None = None
+    modes: Sequence[Mode] = MODES
 
-    def __call__(
-        self, work: Work, providers: Mapping[str, Provider], tolerance: float, modes: Sequence[Mode] = MODES
-    ) -> list[Row]:
+    def __call__(self, work: Work, providers: Mapping[str, Provider], tolerance: float) -> list[Row]:
         """Check, time and append a row for each provider and mode; returns the rows."""
         errors = {name: p.error(p.call()) if p.error is not None else None for name, p in providers.items()}
         right = {name: p for name, p in providers.items() if (error := errors[name]) is None or error <= tolerance}
         limits = ceilings(self.device, work.dtype)
         rows: list[Row] = []
-        modes = [mode for mode in modes if self.only is None or mode in self.only]
-        if not modes:
-            pytest.skip(f"{work.benchmark} is not measured in mode {self.only}")
-        for mode in modes:
+        for mode in self.modes:
             times = self._rounds(mode, right, limits)
             median = {name: quantile(values, 0.5) for name, values in times.items()}
             for name in providers:
                 rows.append(self._row(work, name, mode, times.get(name), limits, median, errors[name], tolerance))
         rows = [
-            self._with_costs(row, right[row.provider].call) if row.provider in right and row.mode == modes[0] else row
+            self._with_costs(row, right[row.provider].call)
+            if row.provider in right and row.mode == self.modes[0]
+            else row
             for row in rows
         ]
         results.append(rows, self.path)

@@ -12,6 +12,7 @@ import torch
 
 from .comparison import MODES, Comparison
 from .results import RESULTS
+from .timing import Mode
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,8 +26,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Asked for a GPU where there is none, nothing would be measured: that is an error, not a skip."""
+    config.addinivalue_line("markers", "modes(*names): a suite is measured in these modes alone")
     if config.getoption("--on") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--on cuda: torch finds no CUDA device here")
+
+
+def modes_of(item: pytest.Item) -> list[Mode]:
+    """The modes in which a suite is measured, of those that were asked for."""
+    marker, asked = item.get_closest_marker("modes"), item.config.getoption("--mode")
+    return [mode for mode in (marker.args if marker else MODES) if asked is None or mode in asked]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A suite that is measured in no mode that was asked for is not run."""
+    left_out = [item for item in items if "compare" in getattr(item, "fixturenames", ()) and not modes_of(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -53,4 +69,4 @@ def _seeded() -> Iterator[None]:
 def compare(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, run_name: str) -> Comparison:
     """Times providers in the rounds that pytest-benchmark makes, and appends a row for each."""
     option = request.config.getoption
-    return Comparison(benchmark, device, run_name, option("--seconds"), option("--results"), option("--mode"))
+    return Comparison(benchmark, device, run_name, option("--seconds"), option("--results"), modes_of(request.node))

@@ -19,9 +19,7 @@ def table(rows: Iterable[Row], benchmark: str, mode: str = "cold", memory: bool 
     The others' columns are their time (or memory) over ours: above 1 they are slower, below 1 faster. "wrong": its
     result was not right, so it has no time. Raises ValueError when there is no row, or none of ours.
     """
-    of = of_mode(latest(rows, benchmark), mode)
-    if not of:
-        raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
+    of = _measured(rows, benchmark, mode)
     return "\n\n".join(
         _of_device([row for row in of if row.device == device], memory) for device in _unique(r.device for r in of)
     )
@@ -48,9 +46,7 @@ def summary(rows: Iterable[Row], lines: Sequence[tuple[str, str, str, str, str, 
 def by_rank(rows: Iterable[Row], benchmark: str, peer: str, mode: str = "cold") -> str:
     """A benchmark's last run on each device, a line a shape but for its rank r, a column a rank: a peer's time over
     ours, and ours as share of the machine's limit. Raises ValueError when there is no row."""
-    of = [row for row in latest(rows, benchmark) if row.mode == mode]
-    if not of:
-        raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
+    of = _measured(rows, benchmark, mode)
     ranks = sorted({int(row.shape.rpartition("=")[2]) for row in of})
     found = []
     for device in _unique(row.device for row in of):
@@ -70,6 +66,13 @@ def by_rank(rows: Iterable[Row], benchmark: str, peer: str, mode: str = "cold") 
             lines.append(f"| {' | '.join([head, dtype, *cells])} |")
         found.append("\n".join(lines))
     return "\n\n".join(found)
+
+
+def _measured(rows: Iterable[Row], benchmark: str, mode: str) -> list[Row]:
+    of = of_mode(latest(rows, benchmark), mode)
+    if not of:
+        raise ValueError(f"benchmark {benchmark!r}: no {mode} rows")
+    return of
 
 
 def _caption(row: Row) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -69,6 +70,7 @@ def plain(of: Job, batch: Batch) -> Callable[[], Sums]:
     return call
 
 
+@pytest.mark.modes("warm")
 def test_clipped_sum(compare: Comparison, device: torch.device) -> None:
     of = job(device)
     batch = of.middle
@@ -89,4 +91,4 @@ def test_clipped_sum(compare: Comparison, device: torch.device) -> None:
     providers["the same step without clipping"] = Provider(plain(of, batch))
     flop = of.flop(int(batch["attention_mask"].sum()))
     work = Work("clipped sum", f"MiniLM r=8, N={BATCH}", torch.float32, of.bytes, flop)
-    compare(work, providers, TOLERANCE, modes=("warm",))
+    compare(work, providers, TOLERANCE)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,6 +52,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
+@pytest.mark.modes("all cold")
 def test_score_samples(compare: Comparison, device: torch.device) -> None:
     of = job(device)
     truth = loop(Job(copy.deepcopy(of.model).double(), of.data, device))
@@ -71,9 +73,10 @@ def test_score_samples(compare: Comparison, device: torch.device) -> None:
         providers[name] = Provider(lambda: scored(of, bf16=True))
     flop = of.flop(int(of.data.lengths[:SAMPLES].sum()))
     work = Work("scoring", f"MiniLM r=8, {SAMPLES} film reviews", torch.float32, of.bytes, flop)
-    compare(work, providers, TOLERANCE, modes=("all cold",))
+    compare(work, providers, TOLERANCE)
 
 
+@pytest.mark.modes("warm")
 def test_training_step(compare: Comparison, device: torch.device) -> None:
     """Forward and backward of one batch; with the capture, scores and diagonal come out of the same backward."""
     of = job(device)
@@ -91,4 +94,4 @@ def test_training_step(compare: Comparison, device: torch.device) -> None:
     calls: dict[str, Callable[[], None]] = {"fibecfed": captured, "the same step without capture": step}
     flop = of.flop(int(batch["attention_mask"].sum()))
     work = Work("training step", f"MiniLM r=8, N={BATCH}", torch.float32, of.bytes, flop)
-    compare(work, {name: Provider(call) for name, call in calls.items()}, 0.0, modes=("warm",))
+    compare(work, {name: Provider(call) for name, call in calls.items()}, 0.0)

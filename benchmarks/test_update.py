@@ -23,7 +23,7 @@ class Case:
     """One adapter with gradients and a mask; every provider steps tensors of its own, again and again."""
 
     def __init__(self, model: Model, active: float, device: torch.device) -> None:
-        self.adapter = Adapter(model, device)
+        self.adapter, self.active = Adapter(model, device), active
         self.grad = torch.randn_like(self.adapter.data)
         rows = self.adapter.rows
         self.mask = (
@@ -53,9 +53,10 @@ class Case:
 
         return Provider(reference if body == "reference" else step, self.error)
 
-    def providers(self, active: float) -> dict[str, Provider]:
+    def providers(self) -> dict[str, Provider]:
+        """Ours and its peers: with every row active those that step all, else the one that masks gradients."""
         found = {"fibecfed": self.masked(), "fibecfed reference": self.masked("reference")}
-        if active == 1.0:
+        if self.active == 1.0:
             return found | {f"torch {kind}": self.torch_adamw(kind) for kind in ("fused", "foreach", "for-loop")}
         return found | {"grad.mul_(mask) + torch fused (does not freeze)": self.torch_adamw("fused", masks=True)}
 
@@ -94,5 +95,5 @@ def test_masked_adamw(compare: Comparison, device: torch.device, model: Model, a
     case = Case(model, active, device)
     little = Case(LITTLE, active, device)
     work = Work("update", f"{model}, {active:.0%} of the rows", torch.float32, case.bytes)
-    rows = compare(work, rehearsed(case.providers(active), little.providers(active)), TOLERANCE)
+    rows = compare(work, rehearsed(case.providers(), little.providers()), TOLERANCE)
     assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"

@@ -61,7 +61,7 @@ def error_against(sent: Tensors) -> Callable[[Mapping[str, Tensor]], float]:
 
 
 def pack_providers(model: Model, every: int, device: torch.device) -> tuple[dict[str, Provider], int]:
-    """And the number of values that travel."""
+    """Everyone who packs what travels of an adapter; and its number of values."""
     adapter = Adapter(model, device)
     plans = plans_of(adapter, every)
     plan = plans["float32"]
@@ -97,7 +97,7 @@ def test_pack(compare: Comparison, device: torch.device, model: Model, every: in
 
 
 def load_providers(model: Model, every: int, device: torch.device) -> tuple[dict[str, Provider], int]:
-    """And the number of values that travel."""
+    """Everyone who loads what was packed; and its number of values."""
     sender, adapter = Adapter(model, device), Adapter(model, device)
     plans = plans_of(adapter, every)
     plan = plans["float32"]

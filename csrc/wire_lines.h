@@ -19,8 +19,8 @@ struct Line {
 };
 
 // A codec knows where a line's values are in a message; with(...): the same in another. kRows: a row (or block) has a
-// scale, and must not be divided;
-// kCopies: a value stays as it is. In int4 they begin on a byte: lines start at even values.
+// scale, and must not be divided; kCopies: a value stays as it is. In int4 they begin on a byte: lines start at even
+// values.
 template <class Kind>
 struct Floats {
   static constexpr bool kRows = false, kCopies = std::is_same_v<Kind, Float32>;

@@ -1,7 +1,9 @@
-"""The benchmarks' own rules: interleaved rounds, no time for a wrong result, rows that read back, tables and plots."""
+"""The benchmarks' own rules: interleaved rounds, rehearsals, no time for a wrong result, equal results by everyone."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plot, results
 from benchmarks.adapters import LITTLE, Model
 from benchmarks.comparison import Comparison, Provider, Work, rehearsed, relative_error
 from benchmarks.fisher_peers import make_pair, providers, truth
-from benchmarks.machine import Ceilings, ceilings, has_bf16
-from benchmarks.results import Row, latest, of_mode, quantile, read
-from benchmarks.tables import by_rank, summary, table
+from benchmarks.machine import ROOT, Ceilings, ceilings, has_bf16
+from benchmarks.results import read
 from benchmarks.test_fisher import packed_providers
 from benchmarks.test_update import Case
 from benchmarks.test_wire import aggregate_providers, load_providers, pack_providers
@@ -144,91 +144,31 @@ def test_a_nan_in_any_result_is_below_no_tolerance(place: int) -> None:
 FLOATS = ("ms20", "ms50", "ms80", "gbps", "floor_ms", "floor_percent", "bandwidth_gbps", "rate_gflops", "error")
 
 
-def row(provider: str = "fibecfed", ms: float | None = 2.0, **changes: Any) -> Row:
-    fields: dict[str, Any] = {
-        "run": "2026-01-01T00:00:00Z", "benchmark": "fisher", "provider": provider, "mode": "cold", "shape": "N=8",
-        "dtype": "float32", "ms20": ms, "ms50": ms, "ms80": ms, "bytes": 1000, "flop": 8000, "gbps": 1.0,
-        "floor_ms": 1.0, "floor_percent": None if ms is None else 100 / ms, "limit": "bytes", "bandwidth_gbps": 10.0,
-        "rate_gflops": 100.0, "launches": None, "host_us": None, "peak_bytes": 7, "error": 1e-7, "tolerance": 1e-4,
-        "rounds": 5, "device": "box", "driver": "", "threads": "2", "python": "3", "torch": "2", "triton": "3",
-        "fibecfed": "0", "commit": "abc",
-    }  # fmt: skip
-    return Row(**{**fields, **changes})
-
-
-def test_rows_are_appended_and_other_columns_refused(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.csv"
-    results.append([row()], path)
-    results.append([row("bmm", None, launches=3)], path)
-    assert read(path) == [row(), row("bmm", None, launches=3)]
-    path.write_text("run,benchmark\n")
-    with pytest.raises(ValueError, match="its columns are not"):
-        results.append([row()], path)
-
-
-def test_only_the_last_run_of_each_device_is_shown() -> None:
-    old, new, gpu = row(ms=9.0, run="2025"), row(run="2026"), row(device="gpu", run="2024")
-    for rows in ([old, new, gpu], [gpu, old, new]):
-        assert latest([*rows, row(benchmark="update", run="2027")], "fisher") == [new, gpu]
-    assert latest([row(), row("bmm"), row(shape="N=1")], "fisher") == [row(), row("bmm"), row(shape="N=1")]
-
-
-def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> None:
-    rows = [row(), row("bmm", 5.0), row("einsum", 1.0), row("bad", None), row(mode="warm", ms=7.0)]
-    rows += [row(shape="N=1", ms=4.0), row("bmm", 4.0, shape="N=1")]
-    lines = table(rows, "fisher").splitlines()
-    assert lines[2] == "| shape | dtype | fibecfed, ms | % of limit | bmm | einsum | bad |"
-    assert lines[4] == "| N=8 | float32 | 2 | 50 (bytes) | 2.50 | 0.50 | wrong |"
-    assert lines[5] == "| N=1 | float32 | 4 | 25 (bytes) | 1.00 |  |  |"
-    with_memory = table([row(peak_bytes=2_000_000), row("bmm", 5.0, peak_bytes=3_000_000)], "fisher", memory=True)
-    assert with_memory.splitlines()[5] == "| N=8 | memory at the peak | 2.0 MB |  | 1.500 |"
-    with pytest.raises(ValueError, match="no cold rows"):
-        table(rows, "wire: pack")
-
-
-def test_many_shapes_are_a_column_a_rank() -> None:
-    rows = [row(shape="M N=1 T=2 r=16"), row("bmm", 5.0, shape="M N=1 T=2 r=16"), row(shape="M N=1 T=2 r=4", ms=4.0)]
-    rows += [row("bmm", 1.0, shape="M N=1 T=2 r=4"), row(shape="M N=8 T=2 r=4", dtype="bfloat16", ms=None)]
-    rows += [row(shape="M N=1 T=2 r=4", mode="warm", ms=9.0)]
-    lines = by_rank(rows, "fisher", "bmm").splitlines()
-    assert lines[2] == "| bmm over fibecfed (% of limit) | dtype | r=4 | r=16 |"
-    assert lines[4:] == ["| M N=1 T=2 | float32 | 0.25 (25) | 2.50 (50) |", "| M N=8 T=2 | bfloat16 |  |  |"]
-    with pytest.raises(ValueError, match="no all cold rows"):
-        by_rank(rows, "fisher", "bmm", "all cold")
-
-
-def test_modes_can_be_left_out(tmp_path: Path, small_limits: None) -> None:
+def test_calls_are_rehearsed_in_cold_rounds_alone(tmp_path: Path, small_limits: None) -> None:
     rehearsed: list[str] = []
     ours = {"fibecfed": Provider(torch.ones(3).sum, rehearsal=lambda: rehearsed.append("once a round"))}
     for mode, rehearsals in (("warm", 0), ("cold", 6)):  # five rounds, and one before
-        comparison = replace(compare(tmp_path / "results.csv"), only=[mode])
+        comparison = replace(compare(tmp_path / "results.csv"), modes=[mode])
         rows = comparison(Work("sum", "N=3", torch.float32, bytes=12), ours, 0.0)
         assert [row.mode for row in rows] == [mode]
         assert len(rehearsed) == rehearsals
-    with pytest.raises(pytest.skip.Exception):
-        comparison(Work("sum", "N=3", torch.float32, bytes=12), {}, 0.0, modes=("warm",))
 
 
-def test_a_device_without_cold_rows_shows_those_where_all_was_cold_and_says_so() -> None:
-    rows = [row(), row(mode="all cold", ms=8.0), row(device="old", mode="all cold", ms=9.0), row(mode="warm", ms=1.0)]
-    first, second = table([*rows, row(device="old", mode="warm", ms=1.0)], "fisher").split("\n\nold")
-    assert first.splitlines()[0].endswith(", cold:")
-    assert first.splitlines()[4].startswith("| N=8 | float32 | 2 |")
-    assert second.splitlines()[0].endswith(", all cold:")
-    assert second.splitlines()[4].startswith("| N=8 | float32 | 9 |")
-    assert len(of_mode(rows, "all cold")) == 2
-    assert of_mode(rows, "warm") == [rows[3]]
-
-
-def test_the_summary_is_of_the_last_run_on_whatever_machine() -> None:
-    line = ("scores", "fisher", "N=8", "float32", "cold", ("bmm",))
-    rows = [row(device="old", run="2025"), row("bmm", 6.0, device="old", run="2025")]
-    assert summary(rows, [line]).splitlines()[2] == "| scores | N=8 | 2 | 50 | bmm 3.00 | old |"
-    rows += [row(device="new", run="2026", ms=4.0), row("bmm", 2.0, device="new", run="2026")]
-    for order in (rows, rows[::-1]):
-        assert summary(order, [line]).splitlines()[2] == "| scores | N=8 | 4 | 25 | bmm 0.50 | new |"
-    with pytest.raises(ValueError, match="not measured"):
-        summary(rows[:-1], [line])
+@pytest.mark.parametrize(
+    ("mode", "there", "not_there"),
+    [
+        ("warm", "clipped_sum", "score_samples"),
+        ("all cold", "score_samples", "training_step"),
+        ("cold", "masked_adamw", "clipped_sum"),
+    ],
+)
+def test_suites_of_other_modes_are_deselected(mode: str, there: str, not_there: str) -> None:
+    files = [f"benchmarks/test_{name}.py" for name in ("clipping", "scoring", "update")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--mode", mode, *files]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert there in found.stdout
+    assert not_there not in found.stdout
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
@@ -240,19 +180,6 @@ def test_the_limit_of_halves_is_no_lower_than_that_of_float32(
     monkeypatch.setattr("benchmarks.machine.MATRIX", {"cpu": 8})
     assert ceilings(CPU, torch.bfloat16).calls["product"]().dtype == dtype  # type: ignore[attr-defined]
     assert has_bf16(CPU) == (dtype == torch.bfloat16)
-
-
-def test_plots_are_written_for_each_benchmark(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    rows = [row(), row("bmm + square", 5.0), row("Opacus", None), row(flop=64000, shape="N=1"), row(dtype="bfloat16")]
-    results.append([*rows, row(benchmark="wire: pack", provider="fibecfed float32", flop=0)], path)
-    names = {file.name for file in plot.write(path)}
-    assert names == {"fisher-bars.png", "fisher-roofline.png", "wire-pack-bars.png"}
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
-
-
-def test_quantiles_are_values_that_were_measured() -> None:
-    assert [quantile([5.0, 1.0, 4.0, 2.0, 3.0], share) for share in (0.2, 0.5, 0.8)] == [2.0, 3.0, 5.0]
 
 
 @pytest.mark.parametrize("name", providers())
@@ -270,7 +197,7 @@ def test_every_provider_computes_the_same_scores_and_diagonals(name: str) -> Non
         lambda model: pack_providers(model, 1, CPU),
         lambda model: load_providers(model, 2, CPU),
         lambda model: aggregate_providers(model, CPU),
-        lambda model: (Case(model, 0.5, CPU).providers(0.5), None),
+        lambda model: (Case(model, 0.5, CPU).providers(), None),
     ],
     ids=["packed", "pack", "load", "aggregate", "update"],
 )
