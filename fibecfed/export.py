@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fibecfed_kernels import WirePlan, aggregate
 
-from .federation import Federation
-from .server import LocalStore, Server
+from .fleet import Fleet
+from .server import Server
 
 
 class Exported(NamedTuple):
@@ -18,29 +22,31 @@ class Exported(NamedTuple):
     bytes_up: int
 
 
-def export_adapter(fed: Federation, server: Server, store: LocalStore, path: Path) -> Exported:
+def export_adapter(fleet: Fleet, server: Server, path: Path) -> Exported:
     """Save GAL and head from the server with the n_k-weighted mean of the local layers of all devices that ever
     trained.
 
     The local layers travel once for this, in one final upload by each of those devices, counted in ``bytes_up`` [ours].
     """
-    trained = [device for device in fed.devices if device.rounds > 0]
-    bytes_up = 0
+    fed = fleet.fed
     server.put()
-    store.reset()
+    fleet.store.reset()
+    sizes: list[int] = []
     local = [layer for layer in fed.flat.layers if layer not in set(server.up.layers)]
-    if local and trained:
+    if local:
         plan = WirePlan(fed.flat, local, dtype=server.down.dtype)
 
-        def uploads():  # type: ignore[no-untyped-def]
-            for device in trained:
-                store.load(device.index)
-                yield plan.pack(fed.flat, round=0, num_samples=device.size)
+        def uploads() -> Iterator[Tensor]:
+            for size, message in fleet.last_uploads(plan):
+                sizes.append(size)
+                yield message
 
-        mean = aggregate(plan, uploads(), [device.size for device in trained], round=0, device=fed.flat.data.device)
-        plan.scatter_(mean, fed.flat)
-        bytes_up = plan.nbytes * len(trained)
-        server.put()  # the head travelled along and is the server's to say
+        weights = (size for size in sizes)  # each is there when its message is
+        first = next(messages := uploads(), None)
+        if first is not None:
+            mean = aggregate(plan, chain([first], messages), weights, round=0, device=fed.flat.data.device)
+            plan.scatter_(mean, fed.flat)
+            server.put()  # the head travelled along and is the server's to say
     fed.loaded.model.save_pretrained(str(path))
     fed.loaded.tokenizer.save_pretrained(path)
-    return Exported(path, bytes_up)
+    return Exported(path, plan.nbytes * len(sizes) if local else 0)

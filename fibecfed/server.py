@@ -16,6 +16,11 @@ from .sections import Wire
 from .seeds import stream
 
 
+def plans(flat: FlatAdapter, gal: Sequence[int], wire: Wire) -> tuple[WirePlan, WirePlan]:
+    """What the server sends and what the devices send."""
+    return WirePlan(flat, gal, wire.down), WirePlan(flat, gal, wire.dtype, delta=wire.delta)
+
+
 class Server:
     """Holds the travelling part of the adapter as one float32 vector; everything that leaves it is a wire message.
 
@@ -24,7 +29,7 @@ class Server:
     """
 
     def __init__(self, flat: FlatAdapter, gal: Sequence[int], wire: Wire, seed: int) -> None:
-        self.down, self.up = WirePlan(flat, gal, wire.down), WirePlan(flat, gal, wire.dtype, delta=wire.delta)
+        self.down, self.up = plans(flat, gal, wire)
         self.values = self.down.gather(flat)
         self.base: Tensor | None = None
         self._accumulator = torch.empty(self.values.numel(), dtype=torch.float64, device=self.values.device)
@@ -48,7 +53,7 @@ class Server:
         """Write GAL and head into the buffer."""
         self.down.scatter_(self.values, self._flat)
 
-    def average(self, uploads: Iterable[Tensor], weights: Sequence[float], round_: int) -> dict[int, str]:
+    def average(self, uploads: Iterable[Tensor], weights: Iterable[float], round_: int) -> dict[int, str]:
         """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
         arrive.
 

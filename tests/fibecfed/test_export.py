@@ -11,6 +11,7 @@ from peft import PeftModel
 from fibecfed import FlatAdapter
 from fibecfed.export import export_adapter
 from fibecfed.federation import Federation
+from fibecfed.fleet import LocalFleet
 from fibecfed_kernels import WirePlan
 
 from .federated import SIZES, buffer, federation, halves
@@ -34,7 +35,7 @@ def test_the_adapter_is_the_servers_with_the_mean_of_the_local_layers_that_were_
     fed = trained((2, 0, 1))
     server, store = halves(fed)
     fed.flat.copy_(torch.full_like(fed.flat.data, 9.0))
-    exported = export_adapter(fed, server, store, tmp_path / "adapter")
+    exported = export_adapter(LocalFleet(fed, store=store), server, tmp_path / "adapter")
     mean = (SIZES[0] * store.rows[0] + SIZES[2] * store.rows[2]) / (SIZES[0] + SIZES[2])
     torch.testing.assert_close(exported_values(exported.path), buffer(fed, server, mean))
     assert exported.bytes_up == 2 * WirePlan(fed.flat, [0, 2], dtype="float32").nbytes
@@ -44,7 +45,7 @@ def test_the_adapter_is_the_servers_with_the_mean_of_the_local_layers_that_were_
 def test_the_last_upload_is_of_the_wires_dtype_and_only_the_local_layers_are_rounded_by_it(tmp_path: Path) -> None:
     fed = trained((1, 1, 1), "wire.dtype=int8")
     server, store = halves(fed)
-    exported = export_adapter(fed, server, store, tmp_path / "adapter")
+    exported = export_adapter(LocalFleet(fed, store=store), server, tmp_path / "adapter")
     assert exported.bytes_up == 3 * WirePlan(fed.flat, [0, 2], dtype="int8").nbytes
     values, exact = exported_values(exported.path), buffer(fed, server, store.initial)
     for layer in (1, None):
@@ -57,7 +58,7 @@ def test_where_no_device_trained_the_local_layers_are_the_initial_ones_and_nothi
     fed = trained((0, 0, 0))
     server, store = halves(fed)
     fed.flat.copy_(torch.full_like(fed.flat.data, 9.0))
-    exported = export_adapter(fed, server, store, tmp_path / "adapter")
+    exported = export_adapter(LocalFleet(fed, store=store), server, tmp_path / "adapter")
     assert torch.equal(exported_values(exported.path), buffer(fed, server, store.initial))
     assert exported.bytes_up == 0
 
@@ -66,6 +67,6 @@ def test_where_every_layer_travels_the_adapter_is_the_servers_and_nothing_is_sen
     fed = trained((1, 1, 1))
     server, store = halves(fed, gal=(0, 1, 2))
     fed.flat.copy_(torch.full_like(fed.flat.data, 9.0))
-    exported = export_adapter(fed, server, store, tmp_path / "adapter")
+    exported = export_adapter(LocalFleet(fed, store=store), server, tmp_path / "adapter")
     assert torch.equal(exported_values(exported.path), server.values)
     assert exported.bytes_up == 0

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fibecfed import initialization
+from fibecfed import fleet
 from fibecfed.client import Client
 from fibecfed.federation import Federation
-from fibecfed.initialization import Choice, choose_layers, neuron_shares, score_all
+from fibecfed.fleet import LocalFleet
+from fibecfed.initialization import Choice, choose_layers, neuron_shares
 from fibecfed.lossless import Decision
 from fibecfed.seeds import torch_stream
 from fibecfed.stopwatch import Stopwatch
@@ -26,7 +27,7 @@ def silent(name: str, done: int, total: int) -> None:
 
 
 def choose(fed: Federation, client: Client | None = None) -> Choice:
-    return choose_layers(fed, client or make_client(fed), Stopwatch(), silent)
+    return choose_layers(LocalFleet(fed, client), Stopwatch(), silent)
 
 
 def decision(share: float | None) -> Decision:
@@ -38,7 +39,7 @@ class Asked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *shares: float | None) -> None:
         self.shares, self.calls, self.starts = list(shares), [], []
-        monkeypatch.setattr(initialization.lossless, "device_decision", self)
+        monkeypatch.setattr(fleet.lossless, "device_decision", self)
 
     def __call__(self, flat: object, loss: Any, *, generator: torch.Generator, **options: Any) -> Decision:
         loss()
@@ -91,7 +92,7 @@ def test_random_layers_are_drawn_by_the_seed_in_order() -> None:
 
 
 def test_layers_without_lora_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initialization.layers, "sensitivity", lambda *_, **__: torch.tensor([1.0, 9.0, 2.0]))
+    monkeypatch.setattr(fleet.layers, "sensitivity", lambda *_, **__: torch.tensor([1.0, 9.0, 2.0]))
     choice = choose(federation("gal.count=1", "gal.spectrum=false", layers_to_transform=[0, 2]))
     assert choice.sensitivity == {0: 1.0, 2: 2.0}
     assert choice.gal == (2,)
@@ -110,7 +111,7 @@ def test_sensitivity_is_the_size_weighted_mean_over_one_batch_of_each_device(mon
         asked.append((len(batch["labels"]), options))
         return next(answers)
 
-    monkeypatch.setattr(initialization.layers, "sensitivity", sensitivity)
+    monkeypatch.setattr(fleet.layers, "sensitivity", sensitivity)
     client, seen = spied(fed, monkeypatch)
     choice = choose(fed, client)
     wanted = sum(n * v for n, v in zip(SIZES, values, strict=True)) / sum(SIZES)
@@ -202,14 +203,13 @@ def test_where_a_number_is_given_the_rule_is_recorded_and_does_not_decide(
 def test_every_local_layer_has_the_share_of_the_rule_on_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
     fed = federation("neurons.share=0.7", "gal.default_share=0.2", "gal.lanczos_devices=3")
     rule = Asked(monkeypatch, 0.1, None, 0.4)
-    shares = neuron_shares(fed, make_client(fed, (1,)), Stopwatch(), silent)
+    shares = neuron_shares(LocalFleet(fed), (1,), Stopwatch(), silent)
     wanted = (SIZES[0] * 0.1 + SIZES[1] * 0.7 + SIZES[2] * 0.4) / sum(SIZES)
     assert shares == pytest.approx({0: wanted, 2: wanted})
     assert [call["span"] for call in rule.calls] == [fed.flat.values(layer) for layer in (0, 0, 0, 2, 2, 2)]
 
 
 def test_eager_scoring_scores_every_device_and_says_how_far_it_is() -> None:
-    fed, told = federation(), []
-    score_all(fed, make_client(fed), Stopwatch(), lambda *phase: told.append(phase))
+    fed = federation()
+    assert list(LocalFleet(fed).score_all()) == list(SIZES)
     assert [len(device.scores) if device.scores is not None else 0 for device in fed.devices] == list(SIZES)
-    assert told == [("score", int(done), sum(SIZES)) for done in np.cumsum(SIZES)]

@@ -15,6 +15,7 @@ from fibecfed.checkpoint import CHECKPOINT_FILE
 from fibecfed.client import frozen_below
 from fibecfed.config import load_config
 from fibecfed.federation import build
+from fibecfed.initialization import Choice
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RecordError, RunRecord, SilentObserver, read_record, without_timings
 from fibecfed.simulation import _Simulation, resume, run
@@ -59,8 +60,7 @@ def test_the_record_says_what_was_decided(finished: RunRecord) -> None:
 def test_bytes_are_those_of_the_messages(finished: RunRecord, sources: tuple[Path, Path]) -> None:
     simulation = _Simulation(finished.config, SilentObserver())
     assert finished.init is not None
-    simulation.client.gal = tuple(finished.init.gal)
-    simulation._divide()
+    simulation._divide(Choice(gal=tuple(finished.init.gal)))
     message = simulation.server.broadcast(1)
     for entry in finished.rounds:
         assert entry.bytes_up == entry.bytes_down == 2 * message.numel()
@@ -190,8 +190,8 @@ def test_local_layers_stay_on_their_device_and_frozen_rows_stand_still(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     simulation, entry = watch_round(sources, tmp_path)
-    store, flat, client = simulation.store, simulation.flat, simulation.client
-    for device in simulation.fed.devices:
+    store, flat, client = simulation.fleet.store, simulation.flat, simulation.fleet.client
+    for device in simulation.fleet.fed.devices:
         moved = store.rows[device.index] != store.initial
         if device.index not in entry.devices:
             assert not moved.any()
@@ -205,22 +205,22 @@ def test_local_layers_stay_on_their_device_and_frozen_rows_stand_still(
 def test_the_global_model_has_initial_local_layers(sources: tuple[Path, Path], tmp_path: Path) -> None:
     simulation, entry = watch_round(sources, tmp_path)
     simulation.server.put()
-    simulation.store.reset()
-    labels = simulation.fed.task.test.labels
-    accuracy = float((simulation.client.predict(np.arange(len(labels))) == labels).mean())
+    simulation.fleet.store.reset()
+    labels = simulation.fleet.fed.task.test.labels
+    accuracy = float((simulation.fleet.client.predict(np.arange(len(labels))) == labels).mean())
     assert accuracy == entry.global_accuracy
 
 
 def test_backward_stops_below_the_lowest_active_layer(sources: tuple[Path, Path], tmp_path: Path) -> None:
     simulation, _ = watch_round(sources, tmp_path, "neurons.selection=none", "gal.selection=last")
-    flat, client = simulation.flat, simulation.client
+    flat, client = simulation.flat, simulation.fleet.client
     seen: list[int] = []
     blocks = flat.model.base_model.model.bert.encoder.layer
     for index, block in enumerate(blocks):
         block.attention.self.query.base_layer.register_forward_hook(
             lambda module, args, output, index=index: seen.append(index) if output.requires_grad else None
         )
-    batch = client.batch(simulation.fed.train, np.arange(4))
+    batch = client.batch(simulation.fleet.fed.train, np.arange(4))
     with frozen_below(flat, LAYERS - 1):
         flat.model(**batch).loss.backward()
         inside = list(seen)
@@ -236,7 +236,7 @@ def test_one_base_model_serves_all_devices(sources: tuple[Path, Path], tmp_path:
     frozen = [p for p in fed.flat.model.parameters() if not p.requires_grad]
     simulation = _Simulation(fed.config, SilentObserver())
     simulation._initialize()
-    assert simulation.store.rows.shape == (len(fed.devices), simulation.store.initial.numel())
+    assert simulation.fleet.store.rows.shape == (len(fed.devices), simulation.fleet.store.initial.numel())
     assert sum(p.numel() for p in simulation.flat.model.parameters() if not p.requires_grad) == sum(
         p.numel() for p in frozen
     )

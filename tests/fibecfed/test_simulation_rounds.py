@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fibecfed import curriculum, simulation
+from fibecfed import curriculum, rounds, simulation
 from fibecfed.client import Device, TrainResult
+from fibecfed.initialization import Choice
 from fibecfed.record import SilentObserver, from_json, to_json
 from fibecfed.server import link_seconds
 from fibecfed.simulation import _Simulation
@@ -38,22 +39,22 @@ def begun(monkeypatch: pytest.MonkeyPatch, *overrides: str, gal: tuple[int, ...]
     fed = federation(*THREE, *overrides)
     monkeypatch.setattr(simulation, "build", lambda config: fed)
     if gal is not None:
-        choice = simulation.Choice(gal=gal)
-        monkeypatch.setattr(simulation, "choose_layers", lambda *_: choice)
+        choice = Choice(gal=gal)
+        monkeypatch.setattr(rounds, "choose_layers", lambda *_: choice)
     run = _Simulation(fed.config, Told())
     run._initialize()
     return run
 
 
 def train_by(run: _Simulation, monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
-    monkeypatch.setattr(run.client, "train", lambda device, t, share, on_batch: training(device, t, share))
+    monkeypatch.setattr(run.fleet.client, "train", lambda device, t, share, on_batch: training(device, t, share))
 
 
 def test_a_device_trains_on_the_servers_layers_and_its_own_and_the_server_takes_the_weighted_mean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = begun(monkeypatch)
-    flat, server, store = run.flat, run.server, run.store
+    flat, server, store = run.flat, run.server, run.fleet.store
     server.values = torch.randn_like(server.values)
     store.rows.copy_(torch.randn_like(store.rows))
     values, rows = server.values.clone(), store.rows.clone()
@@ -66,18 +67,18 @@ def test_a_device_trains_on_the_servers_layers_and_its_own_and_the_server_takes_
 
     train_by(run, monkeypatch, training)
     uploads: list[int] = []
-    pack = server.up.pack
+    pack = run.fleet.up.pack
 
     def spy(flat: Any, *, num_samples: int, **others: Any) -> torch.Tensor:
         uploads.append(num_samples)
         return pack(flat, num_samples=num_samples, **others)
 
-    monkeypatch.setattr(server.up, "pack", spy)
+    monkeypatch.setattr(run.fleet.up, "pack", spy)
     drawn = run._round(1).devices
     assert drawn == server.draw(1, 3, 2) == sorted(met)
     for k in drawn:
         server.values = values
-        assert torch.equal(met[k], buffer(run.fed, server, rows[k]))
+        assert torch.equal(met[k], buffer(run.fleet.fed, server, rows[k]))
     wanted = np.average([k + 1 for k in drawn], weights=[SIZES[k] for k in drawn])
     server_after = run.server.up.gather(flat)  # the round's evaluation put the new values into the buffer
     assert server_after.tolist() == pytest.approx([wanted] * len(values))
@@ -121,7 +122,7 @@ def test_a_round_is_recorded_number_by_number(monkeypatch: pytest.MonkeyPatch) -
 def test_a_device_whose_message_is_damaged_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     run = begun(monkeypatch, "train.rounds=20")
     flat, server = run.flat, run.server
-    before, pack, uploaded = server.values, server.up.pack, []
+    before, pack, uploaded = server.values, run.fleet.up.pack, []
 
     def training(device: Device, t: int, share: float) -> TrainResult:
         flat.copy_(torch.full_like(flat.data, device.index + 1.0))
@@ -134,7 +135,7 @@ def test_a_device_whose_message_is_damaged_is_left_out_by_name(monkeypatch: pyte
         return message
 
     train_by(run, monkeypatch, training)
-    monkeypatch.setattr(server.up, "pack", damaging)
+    monkeypatch.setattr(run.fleet.up, "pack", damaging)
     t = next(t for t in range(1, 20) if server.draw(t, 3, 2) == [1, 2])  # a device's number is not its place
     entry = run._round(t)
     assert list(entry.refused) == entry.devices[:bad]
@@ -194,19 +195,19 @@ def test_a_run_that_diverges_is_stopped_by_round_and_device(loss: float, monkeyp
 
 def count_scorings(run: _Simulation, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     scored: list[int] = []
-    score = run.client.score
+    score = run.fleet.client.score
 
     def spy(device: Device, *more: Any) -> None:
         scored.append(device.index)
         score(device, *more)
 
-    monkeypatch.setattr(run.client, "score", spy)
+    monkeypatch.setattr(run.fleet.client, "score", spy)
     return scored
 
 
 def test_a_device_is_scored_once_before_it_first_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun(monkeypatch, "eval.every=99", "eval.batch_size=4")
-    assert [device.scores for device in run.fed.devices] == [None] * 3
+    assert [device.scores for device in run.fleet.fed.devices] == [None] * 3
     scored = count_scorings(run, monkeypatch)
 
     def training(device: Device, t: int, share: float) -> TrainResult:
@@ -227,14 +228,14 @@ def test_eager_scoring_is_before_round_1_and_only_where_needed(
     overrides: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begun(monkeypatch, "curriculum.lazy=false", "curriculum.enabled=false", *overrides)
-    assert [device.scores is not None for device in run.fed.devices] == [wanted] * 3
+    assert [device.scores is not None for device in run.fleet.fed.devices] == [wanted] * 3
 
 
 def test_progress_counts_up_to_the_samples_of_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun(
         monkeypatch, "train.epochs=2", "train.shuffle=false", "neurons.selection=all", "curriculum.order=random"
     )
-    run._train(run.fed.devices[0], 1, 0.5, 2)
+    run.fleet._train(run.fleet.fed.devices[0], 1, 0.5, run.observer.on_phase)
     assert isinstance(run.observer, Told)
     told = [phase for phase in run.observer.phases if phase[0] == "round 1: device 0"]
     assert told == [("round 1: device 0", done, 12) for done in (4, 6, 10, 12)]
@@ -276,4 +277,4 @@ def test_what_a_message_lost_is_kept_by_the_devices_that_sent_it(monkeypatch: py
 
     train_by(run, monkeypatch, training)
     drawn = run._round(1).devices
-    assert [bool(residual.any()) for residual in run.store.residuals] == [k in drawn for k in range(3)]
+    assert [bool(residual.any()) for residual in run.fleet.store.residuals] == [k in drawn for k in range(3)]

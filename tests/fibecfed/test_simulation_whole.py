@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fibecfed import simulation
+from fibecfed import fleet, rounds, simulation
 from fibecfed.checkpoint import CHECKPOINT_FILE
 from fibecfed.config import RunConfig
 from fibecfed.phases import EndRecord, InitRecord, RoundRecord
@@ -60,10 +60,10 @@ def _made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run gets a federation of its own, and local layers whose share is not the configuration's."""
     monkeypatch.setattr(simulation, "build", lambda config: federation(*KEYS, f"out={config.out}"))
 
-    def shares(fed: Any, client: Any, *_: Any) -> dict[int, float]:
-        return {layer: 0.125 for layer in fed.flat.layers if layer not in client.gal}
+    def shares(fleet: Any, gal: Any, *_: Any) -> dict[int, float]:
+        return {layer: 0.125 for layer in fleet.fed.flat.layers if layer not in gal}
 
-    monkeypatch.setattr(simulation, "neuron_shares", shares)
+    monkeypatch.setattr(rounds, "neuron_shares", shares)
 
 
 def config(out: Path) -> RunConfig:
@@ -74,7 +74,7 @@ def test_a_run_sums_up_what_its_phases_cost_and_tells_its_observer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer, accuracies = Told(), iter([(0.1, 0.2), (0.3, 0.4), (0.5, 0.6)])
-    monkeypatch.setattr(simulation, "evaluate", lambda *_: dict(zip(MEASURED, next(accuracies), strict=True)))
+    monkeypatch.setattr(fleet, "evaluate", lambda *_: dict(zip(MEASURED, next(accuracies), strict=True)))
     record = run(config(tmp_path), observer=observer)
     init, rounds, end = record.init, record.rounds, record.end
     assert init is not None
