@@ -99,6 +99,12 @@ def encode(split: Split, tokenizer: Any, max_tokens: int) -> Encoded:
     )
 
 
+def no_samples(tokenizer: Any) -> Encoded:
+    """What a model's tokenizer makes of nothing."""
+    none = np.zeros(0, dtype=np.int64)
+    return Encoded(none, None, np.zeros(1, dtype=np.int64), none, tokenizer.pad_token_id, tokenizer.padding_side)
+
+
 def collate(encoded: Encoded, indices: Sequence[int] | Indices, *, multiple_of: int = 1) -> dict[str, Tensor]:
     """The batch of the samples at ``indices`` (N of them), padded to the longest, rounded up to ``multiple_of``.
 

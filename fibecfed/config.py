@@ -67,8 +67,10 @@ class RunConfig(Section):
         return "-".join(dict.fromkeys(stem.strip(".-_") or "run" for stem in stems))
 
 
-def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = (), option: str = "--set") -> RunConfig:
     """Read a TOML file (None: the defaults, which are the demo job) and apply ``"section.key=value"`` overrides.
+
+    ``option``: what errors call an override.
 
     A value is read as TOML (``12``, ``2e-3``, ``true``, ``["q_proj"]``), else as bare text. "none" switches a nullable
     number off.
@@ -82,15 +84,15 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {override}: wanted section.key=value")
+            raise ConfigError(f"{option} {override}: wanted section.key=value")
         overridden[key] = override
-        _put(table, key, _parse_value(key, text.strip()), override)
+        _put(table, key, _parse_value(key, text.strip()), f"{option} {override}")
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
         errors = error.errors()
     key, message = _explain(errors[0], table, list(overridden))
-    origin = f"--set {overridden[key]}: " if key in overridden else f"{path}: " if path is not None else ""
+    origin = f"{option} {overridden[key]}: " if key in overridden else f"{path}: " if path is not None else ""
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise ConfigError(" ".join(f"{origin}{message}{more}".split("\n")))
 
@@ -191,7 +193,7 @@ def _put(table: dict[str, Any], key: str, value: Any, override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+            raise ConfigError(f"{override}: {section} is a value, not a section")
     table[leaf] = value
 
 

@@ -7,7 +7,7 @@ refusal is one line that names the source and the column.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fibecfed.partition import apportion
 from fibecfed.sources import Columns, DataError, Table, read_demo, read_hub, read_path
 
-__all__ = ["DataError", "Split", "Task", "load_task"]
+__all__ = ["DataError", "Split", "Task", "load_classes", "load_task", "merge_classes"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def load_task(
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> Task:
     """Read a classification task.
 
@@ -88,6 +89,8 @@ def load_task(
         max_train: at most so many training samples, drawn class by class in proportion.
         max_test: at most so many test samples, drawn likewise.
         seed: of the test share and of the draws.
+        classes: the names of the labels 0 … C−1, of which some may have no sample here: a device's own part of a task
+            that others know more of. None: those that are found.
 
     Raises:
         DataError: the source cannot be read, a column is missing, a text is empty, a label is missing or unknown to the
@@ -95,20 +98,17 @@ def load_task(
     """
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction is {test_fraction}, wanted a share between 0 and 1")
-    columns, held_out = Columns(text, pair, label, key), None
-    if source == "demo":
-        if test is not None:
-            raise DataError(f"test is {test!r}: the demo has no test set of its own, wanted None")
-        name, train, columns = "demo", read_demo(), replace(columns, label="category", key=key or "movie_name")
-    elif isinstance(source, str) and source.startswith("hub:"):
-        name, train, held_out = read_hub(source.removeprefix("hub:"), label, test)
-    else:
-        name, train, held_out = read_path(Path(source).expanduser(), columns, test)
-    columns = columns.found_in(train.names)
-
-    classes = _classes(train, columns.label)
+    name, train, held_out, columns = _read(source, Columns(text, pair, label, key), test)
+    own = classes is not None
+    if classes is None:
+        classes = _classes(train, columns.label)
+        if len(classes) < 2:
+            raise DataError(
+                f"{train.where}: label column {columns.label!r} has {len(classes)} class, wanted at least two"
+            )
+    classes = tuple(classes)
     training = _split(train, columns, classes)
-    for missing in np.flatnonzero(np.bincount(training.labels, minlength=len(classes)) == 0):
+    for missing in () if own else np.flatnonzero(np.bincount(training.labels, minlength=len(classes)) == 0):
         raise DataError(f"{train.where}: class {classes[missing]!r} of {columns.label!r} has no sample to train on")
     if held_out is None:
         chosen = _test_share(training.labels, test_fraction, train.where, seed)
@@ -124,6 +124,39 @@ def load_task(
             raise DataError(f"max_test is {max_test}, wanted at least 1")
         testing = testing.take(_stratified(testing.labels, max_test, np.random.default_rng([seed, 2])))
     return Task(name, training, testing, classes)
+
+
+def load_classes(source: str | Path, *, label: str = "label", test: str | None = None) -> tuple[str, ...]:
+    """The names of the classes that a source has or declares, in the order of :func:`load_task`; also a single one.
+
+    Raises DataError as :func:`load_task` does."""
+    _, train, _, columns = _read(source, Columns("text", None, label, None), test)
+    return _classes(train, columns.label)
+
+
+def merge_classes(found: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The classes of a task whose parts have these: in their common order where all agree, else sorted as
+    :func:`load_task` sorts what it finds. Raises DataError where there are fewer than two."""
+    every = [tuple(names) for names in found]
+    merged = every[0] if len(set(every)) == 1 else _sorted({name for names in every for name in names})
+    if len(merged) < 2:
+        raise DataError(f"the devices' data has {len(merged)} class in all, wanted at least two")
+    return merged
+
+
+def _read(source: str | Path, columns: Columns, test: str | None) -> tuple[str, Table, Table | None, Columns]:
+    """Name, training table, test table where there is one, and the columns under their names there."""
+    held_out = None
+    if source == "demo":
+        if test is not None:
+            raise DataError(f"test is {test!r}: the demo has no test set of its own, wanted None")
+        name, train = "demo", read_demo()
+        columns = replace(columns, label="category", key=columns.key or "movie_name")
+    elif isinstance(source, str) and source.startswith("hub:"):
+        name, train, held_out = read_hub(source.removeprefix("hub:"), columns.label, test)
+    else:
+        name, train, held_out = read_path(Path(source).expanduser(), columns, test)
+    return name, train, held_out, columns.found_in(train.names)
 
 
 def _label_names(table: Table, column: str) -> list[str]:
@@ -144,12 +177,14 @@ def _label_names(table: Table, column: str) -> list[str]:
 
 
 def _classes(table: Table, column: str) -> tuple[str, ...]:
+    """The classes that a table declares, or those that it has, sorted."""
     found = set(_label_names(table, column))
-    numbers = all(re.fullmatch(r"-?\d+", name) for name in found)
-    classes = table.declared_classes(column) or sorted(found, key=int if numbers else None)
-    if len(classes) < 2:
-        raise DataError(f"{table.where}: label column {column!r} has {len(classes)} class, wanted at least two")
-    return tuple(classes)
+    return tuple(table.declared_classes(column) or _sorted(found))
+
+
+def _sorted(names: set[str]) -> tuple[str, ...]:
+    numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return tuple(sorted(names, key=int if numbers else None))
 
 
 def _split(table: Table, columns: Columns, classes: Sequence[str]) -> Split:

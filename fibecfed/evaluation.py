@@ -20,19 +20,24 @@ def evaluate(
     Personal: each device's own model, GAL and head from the server with its own local layers, on its own test samples,
     weighted by n_k. Returns the fields of a RoundRecord.
     """
+    found = evaluate_global(fed, client, server, store)
+    if fed.config.eval.personal:
+        labels, own = fed.task.test.labels, []
+        for place, device in enumerate(fed.devices):
+            on_phase("evaluate", place + 1, len(fed.devices))
+            store.load(place)
+            own.append(float((client.predict(device.test) == labels[device.test]).mean()))
+        found["personal_accuracy"] = weighted_mean(own, fed.sizes)
+    return found
+
+
+def evaluate_global(fed: Federation, client: Client, server: Server, store: LocalStore) -> dict[str, Any]:
+    """The global half of :func:`evaluate`, on the whole test set."""
     labels = fed.task.test.labels
     server.put()
     store.reset()
     measured = measures(labels, client.predict(np.arange(len(labels))), len(fed.task.classes))
-    found: dict[str, Any] = {"global_accuracy": measured.pop("accuracy"), "global_metrics": measured}
-    if fed.config.eval.personal:
-        own = []
-        for device in fed.devices:
-            on_phase("evaluate", device.index + 1, len(fed.devices))
-            store.load(device.index)
-            own.append(float((client.predict(device.test) == labels[device.test]).mean()))
-        found["personal_accuracy"] = weighted_mean(own, fed.sizes)
-    return found
+    return {"global_accuracy": measured.pop("accuracy"), "global_metrics": measured}
 
 
 def measures(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:

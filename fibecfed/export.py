@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
-from fibecfed_kernels import WirePlan, aggregate
+from fibecfed_kernels import WirePlan
 
 from .fleet import Fleet
-from .server import Server
+from .server import Server, Upload, average
 
 
 class Exported(NamedTuple):
-    """path: the adapter folder. bytes_up: what the devices sent for it."""
+    """path: the adapter folder. bytes_up: what the devices sent for it. refused {device: reason}: who is not in it."""
 
     path: Path
     bytes_up: int
+    refused: dict[int, str]
 
 
 def export_adapter(fleet: Fleet, server: Server, path: Path) -> Exported:
@@ -31,22 +29,22 @@ def export_adapter(fleet: Fleet, server: Server, path: Path) -> Exported:
     fed = fleet.fed
     server.put()
     fleet.store.reset()
-    sizes: list[int] = []
+    bytes_up, refused = 0, dict[int, str]()
+
+    def counted(uploads: Iterator[Upload]) -> Iterator[Upload]:
+        nonlocal bytes_up
+        for upload in uploads:
+            bytes_up += 0 if upload.message is None else upload.message.numel()
+            yield upload
+
     local = [layer for layer in fed.flat.layers if layer not in set(server.up.layers)]
     if local:
         plan = WirePlan(fed.flat, local, dtype=server.down.dtype)
-
-        def uploads() -> Iterator[Tensor]:
-            for size, message in fleet.last_uploads(plan):
-                sizes.append(size)
-                yield message
-
-        weights = (size for size in sizes)  # each is there when its message is
-        first = next(messages := uploads(), None)
-        if first is not None:
-            mean = aggregate(plan, chain([first], messages), weights, round=0, device=fed.flat.data.device)
+        uploads = counted(fleet.last_uploads(plan))
+        mean, refused = average(plan, uploads, fleet.sizes, round=0, device=fed.flat.data.device)
+        if mean is not None:
             plan.scatter_(mean, fed.flat)
             server.put()  # the head travelled along and is the server's to say
     fed.loaded.model.save_pretrained(str(path))
     fed.loaded.tokenizer.save_pretrained(path)
-    return Exported(path, plan.nbytes * len(sizes) if local else 0)
+    return Exported(path, bytes_up, refused)

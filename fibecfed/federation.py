@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .adapter import FlatAdapter
-from .batches import Encoded, encode
+from .batches import Encoded, encode, no_samples
 from .client import Device
 from .config import ConfigError, RunConfig
-from .data import Task, load_task
+from .data import Split, Task, load_task
 from .models import LoadedModel, load_model
 from .partition import partition, split_like
 
@@ -46,8 +47,9 @@ class Federation:
         return float((self.task.test.labels[device.test] == most).mean())
 
 
-def load_data(config: RunConfig) -> Task:
-    """The data of a configuration. Raises DataError for what does not fit."""
+def load_data(config: RunConfig, classes: Sequence[str] | None = None) -> Task:
+    """The data of a configuration; ``classes``: those of all devices, where it is one's own. Raises DataError for what
+    does not fit."""
     data = config.data
     columns = {"text": data.text, "pair": data.pair, "label": data.label, "key": data.key}
     return load_task(
@@ -58,6 +60,7 @@ def load_data(config: RunConfig) -> Task:
         max_train=data.max_train,
         max_test=data.max_test,
         seed=config.seed,
+        classes=classes,
     )
 
 
@@ -97,19 +100,31 @@ def build(config: RunConfig) -> Federation:
     tests = split_like(
         task.train.labels, parts, task.test.labels, seed=config.seed, train_keys=keys[0], test_keys=keys[1]
     )
+    return _around(config, task, [Device(k, *own) for k, own in enumerate(zip(parts, tests, strict=True))])
+
+
+def build_own(config: RunConfig, classes: Sequence[str], index: int) -> Federation:
+    """What device ``index`` has of a federation whose devices have data of their own: all of its data is its own."""
+    task = load_data(config, classes)
+    return _around(config, task, [Device(index, np.arange(len(task.train)), np.arange(len(task.test)))])
+
+
+def build_without_data(config: RunConfig, classes: Sequence[str]) -> Federation:
+    """What the server has of such a federation: the model. Its devices are not here, nor a sample."""
+    nothing = Split([], None, np.zeros(0, dtype=np.int64), None)
+    return _around(config, Task("", nothing, nothing, tuple(classes)), [])
+
+
+def _around(config: RunConfig, task: Task, devices: list[Device]) -> Federation:
     loaded = load_base(config, len(task.classes))
     flat = FlatAdapter(loaded.model)
     if config.gal.count is not None and config.gal.count > len(flat.layers):
         raise ConfigError(f"gal.count = {config.gal.count}: wanted at most {len(flat.layers)}, the model's layers")
-    return Federation(
-        config=config,
-        task=task,
-        loaded=loaded,
-        flat=flat,
-        train=encode(task.train, loaded.tokenizer, config.data.max_tokens),
-        test=encode(task.test, loaded.tokenizer, config.data.max_tokens),
-        devices=[Device(k, train, test) for k, (train, test) in enumerate(zip(parts, tests, strict=True))],
-    )
+
+    def encoded(split: Split) -> Encoded:
+        return encode(split, loaded.tokenizer, config.data.max_tokens) if len(split) else no_samples(loaded.tokenizer)
+
+    return Federation(config, task, loaded, flat, encoded(task.train), encoded(task.test), devices)
 
 
 def pick_device(name: str) -> torch.device:

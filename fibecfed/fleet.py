@@ -16,19 +16,10 @@ from .evaluation import evaluate
 from .federation import Federation
 from .losses import classification_loss
 from .seeds import stream, torch_stream
-from .server import LocalStore, Server, plans, weighted_mean
+from .server import LocalStore, Server, Upload, plans, weighted_mean
 from .stopwatch import Stopwatch
 
 OnPhase = Callable[[str, int, int], None]
-
-
-class Upload(NamedTuple):
-    """What came of one device's round: its message and what it says of its training, or a problem instead."""
-
-    device: int
-    message: Tensor | None = None
-    result: TrainResult | None = None
-    problem: str = ""
 
 
 class Census(NamedTuple):
@@ -78,8 +69,8 @@ class Fleet(Protocol):
     def evaluate(self, server: Server, on_phase: OnPhase) -> dict[str, Any]:
         """Accuracies and metrics with what the server holds now: fields of a RoundRecord."""
 
-    def last_uploads(self, plan: WirePlan) -> Iterator[tuple[int, Tensor]]:
-        """(size, message of local layers) of every device that ever trained."""
+    def last_uploads(self, plan: WirePlan) -> Iterator[Upload]:
+        """The local layers of every device that ever trained."""
 
     def scores(self) -> np.ndarray:
         """The Fisher scores that the server may know, of all samples scored so far."""
@@ -202,11 +193,11 @@ class LocalFleet:
     def evaluate(self, server: Server, on_phase: OnPhase) -> dict[str, Any]:
         return evaluate(self.fed, self.client, server, self.store, on_phase)
 
-    def last_uploads(self, plan: WirePlan) -> Iterator[tuple[int, Tensor]]:
+    def last_uploads(self, plan: WirePlan) -> Iterator[Upload]:
         for place, device in enumerate(self.fed.devices):
             if device.rounds > 0:
                 self.store.load(place)
-                yield device.size, plan.pack(self.flat, round=0, num_samples=device.size)
+                yield Upload(place, plan.pack(self.flat, round=0, num_samples=device.size))
 
     def scores(self) -> np.ndarray:
         return np.concatenate([np.zeros(0), *(d.scores for d in self.fed.devices if d.scores is not None)])

@@ -117,8 +117,8 @@ class RoundRecord(Cost):
 class EndRecord(Scored):
     """The end of a run: final accuracies; bytes and seconds over initialization, rounds and the final upload.
 
-    adapter: the exported PEFT folder, relative to the run's. The scores are those known by then: with lazy scoring, of
-    the devices that were drawn.
+    adapter: the exported PEFT folder, relative to the run's. refused {device: reason}: who trained, but whose local
+    layers are not in it. The scores are those known by then: with lazy scoring, of the devices that were drawn.
     """
 
     global_accuracy: float | None
@@ -126,6 +126,7 @@ class EndRecord(Scored):
     majority: float | None
     personal_majority: float | None
     adapter: str | None = None
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 Phase = InitRecord | RoundRecord | EndRecord

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .record import (
     RunRecord,
     new_run_dir,
 )
-from .server import Server, link_seconds
+from .server import Server, Upload, link_seconds
 from .stopwatch import Stopwatch
 
 
@@ -136,26 +135,18 @@ class Run:
         config, fleet, server = self.config, self.fleet, self.server
         drawn = server.draw(t, len(fleet.sizes), config.train.per_round)
         share = self._share(t)
-        taken: list[int] = []
         results: list[TrainResult] = []
-        refused: dict[int, str] = {}
 
-        def messages(broadcast: Tensor) -> Iterator[Tensor]:
+        def uploads(broadcast: Tensor) -> Iterator[Upload]:
             for upload in fleet.train(drawn, broadcast, t, share, self.watch, self.observer.on_phase):
-                if upload.message is None or upload.result is None:
-                    refused[upload.device] = upload.problem
-                    continue
-                taken.append(upload.device)
-                results.append(upload.result)
-                yield upload.message
+                if upload.result is not None:
+                    results.append(upload.result)
+                yield upload
 
         with self.watch.phase("pack"):
             broadcast = server.broadcast(t)
         with self.watch.phase("aggregate"):
-            uploads, weights = messages(broadcast), (fleet.sizes[k] for k in taken)
-            if (first := next(uploads, None)) is not None:
-                found = server.average(chain([first], uploads), weights, t)
-                refused |= {taken[place]: reason for place, reason in found.items()}
+            refused = server.average(uploads(broadcast), fleet.sizes, t)
         evaluated = t % config.eval.every == 0 or t == config.train.rounds
         accuracies: dict[str, Any] = {}
         if evaluated:
@@ -171,12 +162,12 @@ class Run:
             layers_active=len(server.up.layers),
             rows_active=round(float(np.mean([result.rows for result in results]))) if results else 0,
             rows_total=self.flat.num_rows,
-            bytes_up=len(taken) * server.up.nbytes,
+            bytes_up=len(results) * server.up.nbytes,
             bytes_down=len(drawn) * server.down.nbytes,
             seconds=self.watch.take(),
             modelled_seconds=link_seconds(config.wire, server.up.nbytes, server.down.nbytes),
             elapsed=self.watch.elapsed,
-            refused=dict(sorted(refused.items())),
+            refused=refused,
             **accuracies,
         )
 
@@ -214,4 +205,5 @@ class Run:
             bytes_down=sum(cost.bytes_down for cost in costs),
             seconds=seconds,
             adapter=exported.path.name,
+            refused=exported.refused,
         )

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fibecfed_kernels import WirePlan, aggregate
+from fibecfed_kernels import WireError, WirePlan, aggregate
 from fibecfed_kernels.wire.errors import CountError
 
 from .adapter import FlatAdapter
+from .client import TrainResult
 from .sections import Wire
 from .seeds import stream
+
+
+class Upload(NamedTuple):
+    """What came of a device's work: its message and, of a round, what it says of its training; or a problem instead."""
+
+    device: int
+    message: Tensor | None = None
+    result: TrainResult | None = None
+    problem: str = ""
+
+
+def average(
+    plan: WirePlan, uploads: Iterable[Upload], sizes: Sequence[int] | np.ndarray, **options: Any
+) -> tuple[Tensor | None, dict[int, str]]:
+    """The mean of the uploads weighted by ``sizes[device]``, None where there is nothing to average; and {device:
+    reason} of those with a problem, or whose message was refused. ``options``: of :func:`fibecfed_kernels.aggregate`.
+    """
+    arrived: list[int] = []
+    left_out: dict[int, str] = {}
+
+    def messages() -> Iterator[Tensor]:
+        for upload in uploads:
+            if upload.message is None:
+                left_out[upload.device] = upload.problem
+            else:
+                arrived.append(upload.device)
+                yield upload.message
+
+    def refuse(place: int, error: WireError) -> None:
+        left_out[arrived[place]] = f"{error.field}: {error.problem}"
+
+    weights = (float(sizes[device]) for device in arrived)  # each is asked for when its message is there
+    try:
+        mean = aggregate(plan, messages(), weights, on_refused=refuse, **options)
+    except CountError as error:
+        if error.field != "buffers":  # there was no message, or none that was taken
+            raise
+        return None, dict(sorted(left_out.items()))
+    return mean, dict(sorted(left_out.items()))
 
 
 def plans(flat: FlatAdapter, gal: Sequence[int], wire: Wire) -> tuple[WirePlan, WirePlan]:
@@ -53,27 +94,16 @@ class Server:
         """Write GAL and head into the buffer."""
         self.down.scatter_(self.values, self._flat)
 
-    def average(self, uploads: Iterable[Tensor], weights: Iterable[float], round_: int) -> dict[int, str]:
+    def average(self, uploads: Iterable[Upload], sizes: Sequence[int] | np.ndarray, round_: int) -> dict[int, str]:
         """Step 9: the mean of the uploads weighted by n_k, in float32; uploads are taken one at a time as they
         arrive.
 
-        Returns {place among the uploads: reason} of those that were refused. The others are averaged; where none is
-        left, the round is void and the server's values stay what they were.
+        Returns {device: reason} of those that are left out. Where no other is there, the round is void and the server's
+        values stay what they were.
         """
-        refused: dict[int, str] = {}
-        try:
-            self.values = aggregate(
-                self.up,
-                uploads,
-                weights,
-                round=round_,
-                base=self.base,
-                accumulator=self._accumulator,
-                on_refused=lambda place, error: refused.__setitem__(place, f"{error.field}: {error.problem}"),
-            )
-        except CountError as error:
-            if error.field != "buffers" or not refused:  # what is wrong is the weights, or there was no message
-                raise
+        mean, refused = average(self.up, uploads, sizes, round=round_, base=self.base, accumulator=self._accumulator)
+        if mean is not None:
+            self.values = mean
         return refused
 
 

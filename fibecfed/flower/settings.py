@@ -1,0 +1,35 @@
+"""A run's configuration out of Flower's: flat keys with one number, text or truth each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config import ConfigError, RunConfig, load_config
+
+TIMEOUT = "timeout"  # seconds that the server waits for nodes and for their answers
+DEFAULT_TIMEOUT = 3600.0
+OF_THE_NODE = ("data.", "device")  # settings that a node's own configuration may change
+
+Values = Mapping[str, bool | int | float | str]
+
+
+def run_config(values: Values, node: Values | None = None) -> RunConfig:
+    """The run that ``run_config`` of a Flower context asks for; ``node``: with a node's own data and device.
+
+    What Flower has no type for is written as text: ``model.targets = '["q_proj"]'``. Raises ConfigError.
+    """
+    given = {key: value for key, value in values.items() if key != TIMEOUT}
+    given |= {key: value for key, value in (node or {}).items() if key.startswith(OF_THE_NODE)}
+    return load_config(None, [f"{key}={_text(value)}" for key, value in given.items()], option="run config")
+
+
+def timeout(values: Values) -> float:
+    """Seconds. Raises ConfigError for what is none."""
+    found = values.get(TIMEOUT, DEFAULT_TIMEOUT)
+    if isinstance(found, bool | str) or not 0 < found < float("inf"):
+        raise ConfigError(f"run config {TIMEOUT}={_text(found)}: wanted seconds, more than 0")
+    return float(found)
+
+
+def _text(value: bool | int | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
