@@ -169,7 +169,7 @@ def has_flower() -> bool:
     """Whether Flower is installed; a warning says so where it is not, since its columns are then missing."""
     if find_spec("flwr") is not None:
         return True
-    warnings.warn("flwr is not installed, so Flower is left out: see requirements-bench.txt", stacklevel=2)
+    warnings.warn("flwr is not installed, so Flower is left out: it comes with the extra [flower]", stacklevel=2)
     return False
 
 

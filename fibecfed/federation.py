@@ -100,22 +100,23 @@ def build(config: RunConfig) -> Federation:
     tests = split_like(
         task.train.labels, parts, task.test.labels, seed=config.seed, train_keys=keys[0], test_keys=keys[1]
     )
-    return _around(config, task, [Device(k, *own) for k, own in enumerate(zip(parts, tests, strict=True))])
+    return assemble(config, task, [Device(k, *own) for k, own in enumerate(zip(parts, tests, strict=True))])
 
 
 def build_own(config: RunConfig, classes: Sequence[str], index: int) -> Federation:
     """What device ``index`` has of a federation whose devices have data of their own: all of its data is its own."""
     task = load_data(config, classes)
-    return _around(config, task, [Device(index, np.arange(len(task.train)), np.arange(len(task.test)))])
+    return assemble(config, task, [Device(index, np.arange(len(task.train)), np.arange(len(task.test)))])
 
 
 def build_without_data(config: RunConfig, classes: Sequence[str]) -> Federation:
     """What the server has of such a federation: the model. Its devices are not here, nor a sample."""
     nothing = Split([], None, np.zeros(0, dtype=np.int64), None)
-    return _around(config, Task("", nothing, nothing, tuple(classes)), [])
+    return assemble(config, Task("", nothing, nothing, tuple(classes)), [])
 
 
-def _around(config: RunConfig, task: Task, devices: list[Device]) -> Federation:
+def assemble(config: RunConfig, task: Task, devices: list[Device]) -> Federation:
+    """The federation of these devices, with the configuration's model around the task."""
     loaded = load_base(config, len(task.classes))
     flat = FlatAdapter(loaded.model)
     if config.gal.count is not None and config.gal.count > len(flat.layers):

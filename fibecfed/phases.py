@@ -90,11 +90,11 @@ class InitRecord(Scored):
 class RoundRecord(Cost):
     """One round; rounds count from 1. An accuracy is None where the round was not evaluated.
 
-    devices: those drawn. loss: mean over the samples trained on. data_share: c(t). samples: trained on, repetitions
-    counted. rows_active: mean over the devices drawn. seconds: by activity (init, train, pack, aggregate, evaluate).
-    modelled_seconds: communication over the configured link. elapsed: wall seconds since the start of the run,
-    initialization included. global_metrics: beside the accuracy. refused {device: reason}: whose message the server did
-    not take; where all were refused, the server's values are those of the round before.
+    devices: those drawn. loss: mean over the samples trained on, None where there was none. data_share: c(t). samples:
+    trained on, repetitions counted. rows_active: mean over the devices drawn. seconds: by activity (init, train, pack,
+    aggregate, evaluate). modelled_seconds: communication over the configured link. elapsed: wall seconds since the
+    start of the run, initialization included. global_metrics: beside the accuracy. refused {device: reason}: of whom
+    the server took no message; where that is all, its values are those of the round before.
     """
 
     round: int

@@ -156,7 +156,7 @@ class Run:
         return RoundRecord(
             round=t,
             devices=drawn,
-            loss=sum(result.loss * result.samples for result in results) / max(1, samples),
+            loss=sum(result.loss * result.samples for result in results) / samples if samples else None,
             data_share=share,
             samples=samples,
             layers_active=len(server.up.layers),

@@ -247,6 +247,11 @@ def _in_order(nodes: Sequence[int], hellos: Sequence[Hello], config: RunConfig) 
     """Nodes and what they said in the order of the devices."""
     parts = [hello.partition for hello in hellos if hello.partition is not None]
     if not parts:
+        for node, hello in zip(nodes, hellos, strict=True):
+            if not (hello.train and hello.test and hello.classes):
+                raise FleetError(
+                    f"node {node} has {hello.train} samples to train and {hello.test} to test on, wanted some"
+                )
         return list(nodes), list(hellos)
     if len(parts) < len(hellos):
         raise FleetError("some nodes have data of their own (data.source) and some a partition-id, wanted all or none")

@@ -71,7 +71,7 @@ def test_peers_get_what_travels_in_memory_of_its_own() -> None:
 def test_a_warning_says_that_flower_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire_peers, "find_spec", lambda name: None)
     with pytest.warns(
-        UserWarning, match=r"^flwr is not installed, so Flower is left out: see requirements-bench\.txt$"
+        UserWarning, match=r"^flwr is not installed, so Flower is left out: it comes with the extra \[flower\]$"
     ):
         assert list(ways()) == ["safetensors", "torch.save"]
 

@@ -26,7 +26,9 @@ class LocalGrid(Grid):
             100 + place: Context(1, 100 + place, dict(config), RecordDict(), dict(run_config))
             for place, config in enumerate(node_configs)
         }
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # whose messages those made in this process are
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (
+            1  # whose messages those made in this process are
+        )
         self.spoil, self.asked = spoil, list[tuple[int, str]]()
         self._replies: dict[str, Message] = {}
         self._names = map(str, itertools.count())
