@@ -29,6 +29,7 @@ from .messages import (
     Decided,
     Hello,
     Last,
+    MessageError,
     Nothing,
     Place,
     Sensitivities,
@@ -53,11 +54,9 @@ app = ClientApp()
 def hello(message: Message, context: Context) -> Message:
     """Which part of the run's data is this node's, or what it has of its own."""
     decode(Nothing, message.content)
-    config, part = run_config(context.run_config, context.node_config), context.node_config.get(PARTITION)
     if OWN not in context.node_config:
-        if not isinstance(part, int) or isinstance(part, bool) or part < 0:
-            raise ConfigError(f"node config {PARTITION} = {part!r}: wanted a number from 0, or {OWN}: data of its own")
-        return Message(encode(Hello(partition=part)), reply_to=message)
+        return Message(encode(Hello(partition=_partition(context))), reply_to=message)
+    config = run_config(context.run_config, context.node_config)
     classes = load_classes(config.data.source, label=config.data.label, test=config.data.test)
     task = load_data(config, classes)
     found = Hello(partition=None, train=len(task.train), test=len(task.test), classes=list(classes))
@@ -109,8 +108,7 @@ def evaluate(message: Message, context: Context) -> Message:
     WirePlan(fleet.flat, test.gal, "float32").load(decode_adapter(message.content), fleet.flat, round=test.round)
     labels = fleet.fed.task.test.labels[device.test]
     found: dict[str, int | None] = {"whole": None, "own": None}
-    if test.whole:
-        fleet.store.reset()
+    if test.whole:  # with the initial local layers, which the buffer holds by now
         found["whole"] = int((fleet.client.predict(device.test) == labels).sum())
     if test.own:
         fleet.store.load(0)
@@ -128,12 +126,21 @@ def last(message: Message, context: Context) -> Message:
     return Message(encode(Nothing(), upload.message), reply_to=message)
 
 
+def _partition(context: Context) -> int:
+    part = context.node_config.get(PARTITION)
+    if not isinstance(part, int) or isinstance(part, bool) or part < 0:
+        raise ConfigError(f"node config {PARTITION} = {part!r}: wanted a number from 0, or {OWN}: data of its own")
+    return part
+
+
 class _Node:
     """This device, with what it kept from its rounds before; the adapter is the initial one."""
 
     def __init__(self, context: Context, place: Place, work: Work | None = None) -> None:
         config, own = run_config(context.run_config, context.node_config), place.classes is not None
         made, initial = _federation(dump_config(config), tuple(place.classes or ()), place.index if own else None)
+        if not own and place.index != (part := _partition(context)):
+            raise MessageError(f"asked as device {place.index}, wanted {part}, this node's {PARTITION}")
         made.flat.copy_(initial)
         there = made.devices[0 if own else place.index]
         self.device = Device(place.index, there.train, there.test)

@@ -219,7 +219,8 @@ class FlowerFleet:
                 if node not in there:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
-            yield _answer(device, kind, there.pop(node, None), self._timeout)
+            late = f"no answer within {self._timeout:g} s" if waiting else "no message reached it"
+            yield _answer(device, kind, there.pop(node, None), late)
 
     def _wait(self, wanted: int) -> list[int]:
         """The nodes of the grid, once there are as many as wanted."""
@@ -232,9 +233,9 @@ class FlowerFleet:
         return nodes
 
 
-def _answer(device: int, kind: type[Values], reply: Message | None, timeout: float) -> Answer[Values]:
+def _answer(device: int, kind: type[Values], reply: Message | None, late: str) -> Answer[Values]:
     if reply is None:
-        return Answer(device, None, RecordDict(), f"no answer within {timeout:g} s")
+        return Answer(device, None, RecordDict(), late)
     if reply.has_error():
         return Answer(device, None, RecordDict(), " ".join((reply.error.reason or "an error without a reason").split()))
     try:

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from fibecfed.data import DataError, Split, load_task
+from fibecfed.data import DataError, Split, load_classes, load_task, merge_classes
 
 from .tables import Row, rows, same, write
 
@@ -164,3 +164,32 @@ def test_labels_only_the_test_set_has_are_refused(tmp_path: Path) -> None:
         load_task(tmp_path)
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         load_task(tmp_path / "nowhere")
+
+
+def test_a_device_may_lack_classes_that_others_have(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", rows(8, ["b"]))
+    with pytest.raises(DataError, match="has 1 class, wanted at least two"):
+        load_task(path)
+    assert load_classes(path) == ("b",)
+    task = load_task(path, classes=("a", "b", "c"))
+    assert task.classes == ("a", "b", "c")
+    assert set(task.train.labels) == set(task.test.labels) == {1}
+    with pytest.raises(DataError, match="has 'b', not a class"):
+        load_task(path, classes=("a", "c"))
+
+
+def test_classes_of_several_devices_are_sorted_unless_all_agree(tmp_path: Path) -> None:
+    assert merge_classes([("b",), ("a", "c"), ("b",)]) == ("a", "b", "c")
+    assert merge_classes([("10", "9"), ("2",)]) == ("2", "9", "10")
+    declared = datasets.Dataset.from_dict(
+        {"text": ["x", "y"] * 4, "label": [0, 1] * 4},
+        features=datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])}
+        ),
+    )
+    declared.to_parquet(tmp_path / "declared.parquet")
+    assert load_classes(tmp_path / "declared.parquet") == ("pos", "neg")
+    assert merge_classes([("pos", "neg")] * 3) == ("pos", "neg")
+    assert load_task(tmp_path / "declared.parquet").classes == ("pos", "neg")
+    with pytest.raises(DataError, match="1 class in all"):
+        merge_classes([("a",), ("a",)])

@@ -20,7 +20,11 @@ class LocalGrid(Grid):
     """Nodes 100, 101, …; ``spoil(node, reply)`` may change an answer on its way, None: it is lost."""
 
     def __init__(
-        self, run_config: dict[str, Any], node_configs: list[dict[str, Any]], spoil: Spoil = lambda node, reply: reply
+        self,
+        run_config: dict[str, Any],
+        node_configs: list[dict[str, Any]],
+        spoil: Spoil = lambda node, reply: reply,
+        unreachable: int | None = None,
     ) -> None:
         self.contexts = {
             100 + place: Context(1, 100 + place, dict(config), RecordDict(), dict(run_config))
@@ -29,7 +33,7 @@ class LocalGrid(Grid):
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (
             1  # whose messages those made in this process are
         )
-        self.spoil, self.asked = spoil, list[tuple[int, str]]()
+        self.spoil, self.unreachable = spoil, unreachable
         self._replies: dict[str, Message] = {}
         self._names = map(str, itertools.count())
 
@@ -47,12 +51,14 @@ class LocalGrid(Grid):
         return list(reversed(self.contexts))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = []
+        """A message to ``unreachable`` is not taken: Flower then gives None for its name."""
+        names: list[Any] = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = name = next(self._names)
-            names.append(name)
             node = message.metadata.dst_node_id
-            self.asked.append((node, message.metadata.message_type))
+            message.metadata.__dict__["_message_id"] = name = next(self._names)
+            names.append(None if node == self.unreachable else name)
+            if node == self.unreachable:
+                continue
             arrived = message_from_proto(message_to_proto(message))
             try:
                 reply = app(arrived, self.contexts[node])
@@ -65,6 +71,7 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The last of those that are there: answers come in any order."""
+        assert None not in message_ids
         there = [name for name in message_ids if name in self._replies]
         return [self._replies.pop(max(there, key=int))] if there else []
 

@@ -185,6 +185,28 @@ def test_nodes_that_are_missing_or_have_nothing_are_refused(sources: tuple[Path,
     assert not (tmp_path / "test").exists()
 
 
+def test_a_node_that_no_message_reaches_is_not_waited_for(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = config(sources, tmp_path)
+    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3), unreachable=101)
+    with pytest.raises(FleetError, match=r"\(node 101\): no message reached it"):
+        serve(grid, settings, timeout=1e6)
+
+
+def test_a_node_answers_for_its_own_partition_alone(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = config(sources, tmp_path)
+    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3))
+    places = iter((1, 0, 2, 3))
+
+    def swap(node: int, reply: Message) -> Message:
+        if reply.metadata.message_type == "query.hello":
+            return saying(f'{{"partition": {next(places)}}}')(reply) or reply
+        return reply
+
+    grid.spoil = swap
+    with pytest.raises(FleetError, match=r"asked as device \d, wanted \d, this node's partition-id"):
+        serve(grid, settings)
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
