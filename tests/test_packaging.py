@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (Path(site) / "outer.pth").write_text("\n".join(dict.fromkeys(paths)))
     run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=venv)
     return python
+
+
+def test_every_module_is_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        found = {name for name in file.namelist() if name.endswith(".py")}
+    folders = {"fibecfed": "fibecfed", "kernels": "fibecfed_kernels"}
+    wanted = {
+        str(installed / path.relative_to(ROOT / folder))
+        for folder, installed in ((here, Path(there)) for here, there in folders.items())
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert found == wanted
 
 
 def test_there_is_one_wheel_for_every_python(wheel: Path) -> None:
