@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.clientapp import ClientApp
-from flwr.common.config import flatten_dict, validate_config
-from flwr.serverapp import ServerApp
-from flwr.supercore.object_ref import load_app
 
 from benchmarks.readme import DEMO, ROOT, SEEDS, in_step, tables
 from fibecfed import FlatAdapter
-from fibecfed.flower.settings import run_config, timeout
 from fibecfed.record import read_record
 from fibecfed_kernels import WirePlan, aggregate
 from tests.fibecfed.tiny import batch, tiny
@@ -86,16 +80,3 @@ def test_the_example_runs_as_written() -> None:
     exec("plan.scatter_" + rest, names)
     torch.testing.assert_close(names["flat"].data.detach(), before, rtol=0.01, atol=1e-6)  # type: ignore[attr-defined]
     assert names["fisher"].scores.shape == (5,)  # type: ignore[attr-defined]
-
-
-def test_the_flower_app_is_one() -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    app = tomllib.loads(text)
-    good, errors, _ = validate_config(app, check_module=True, project_dir=ROOT)
-    assert good, errors
-    described = app["tool"]["flwr"]["app"]
-    values = flatten_dict(described["config"])
-    assert timeout(values) == 3600
-    assert run_config(values).partition.devices == 2
-    for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
-        assert isinstance(load_app(described["components"][name], ValueError, ROOT), kind)

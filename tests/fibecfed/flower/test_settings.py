@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+
+from flwr.clientapp import ClientApp
+from flwr.common.config import flatten_dict, validate_config
+from flwr.serverapp import ServerApp
+from flwr.supercore.object_ref import load_app
+
+from benchmarks.readme import ROOT
 from fibecfed.config import load_config
 from fibecfed.flower.settings import DEFAULT_TIMEOUT, run_config, timeout
 
@@ -30,3 +39,16 @@ def test_a_node_says_where_its_data_is_and_what_it_computes_on_and_nothing_else(
     node = {"data.source": "mine.csv", "data.label": "kind", "device": "cpu", "partition-id": 3, "train.rounds": 99}
     wanted = ["data.source=mine.csv", "data.text=words", "data.label=kind", "device=cpu", "train.rounds=7"]
     assert run_config(run, node) == load_config(None, wanted)
+
+
+def test_the_readmes_app_is_one() -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    app = tomllib.loads(text)
+    good, errors, _ = validate_config(app, check_module=True, project_dir=ROOT)
+    assert good, errors
+    described = app["tool"]["flwr"]["app"]
+    values = flatten_dict(described["config"])
+    assert timeout(values) == 3600
+    assert run_config(values).partition.devices == 2
+    for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
+        assert isinstance(load_app(described["components"][name], ValueError, ROOT), kind)
