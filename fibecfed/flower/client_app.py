@@ -41,6 +41,7 @@ from .messages import (
     decode,
     decode_adapter,
     encode,
+    encode_adapter,
 )
 from .settings import run_config
 
@@ -95,8 +96,10 @@ def train(message: Message, context: Context) -> Message:
     broadcast = decode_adapter(message.content)
     (upload,) = node.fleet.train([0], broadcast, work.round, work.share, Stopwatch(), SilentObserver().on_phase)
     assert upload.result is not None
+    assert upload.message is not None
     node.keep()
-    return Message(encode(Trained(**upload.result._asdict()), upload.message), reply_to=message)
+    trained = Trained(**upload.result._asdict())
+    return Message(encode(trained, encode_adapter(upload.message)), reply_to=message)
 
 
 @app.evaluate()
@@ -123,7 +126,8 @@ def last(message: Message, context: Context) -> Message:
     fleet = _Node(context, asked, asked).fleet
     local = [layer for layer in fleet.flat.layers if layer not in set(asked.gal)]
     (upload,) = fleet.last_uploads(WirePlan(fleet.flat, local, dtype=asked.dtype))
-    return Message(encode(Nothing(), upload.message), reply_to=message)
+    assert upload.message is not None
+    return Message(encode(Nothing(), encode_adapter(upload.message)), reply_to=message)
 
 
 def _partition(context: Context) -> int:

@@ -42,6 +42,7 @@ from .messages import (
     decode,
     decode_adapter,
     encode,
+    encode_adapter,
 )
 
 log = logging.getLogger("flwr")  # what Flower shows of a run
@@ -143,10 +144,12 @@ class FlowerFleet:
         self, drawn: Sequence[int], broadcast: Tensor, t: int, share: float, watch: Stopwatch, on_phase: OnPhase
     ) -> Iterator[Upload]:
         work = self._about(Work, drawn, round=t, share=share)
-        with watch.phase("train"):  # what the server does meanwhile has its own name
-            for done, answer in enumerate(self._ask("train", Trained, work, broadcast), start=1):
-                on_phase(f"round {t}", done, len(drawn))
-                yield self._upload(answer, TrainResult(**answer.values.model_dump()) if answer.values else None)
+        answers = self._ask("train", Trained, work, broadcast)
+        for done in range(len(drawn)):
+            with watch.phase("train"):  # as long as the server waits for it
+                answer = next(answers)
+            on_phase(f"round {t}", done + 1, len(drawn))
+            yield self._upload(answer, TrainResult(**answer.values.model_dump()) if answer.values else None)
 
     def _upload(self, answer: Answer[Any], result: TrainResult | None = None) -> Upload:
         if answer.values is None:
@@ -169,8 +172,9 @@ class FlowerFleet:
         right: dict[int, Tested] = {}
         for answer in self._ask("evaluate", Tested, asked, message):
             on_phase("evaluate", answer.device + 1, len(self._nodes))
-            if answer.values is None or max(answer.values.whole or 0, answer.values.own or 0) > answer.values.tested:
-                log.warning("device %d is not evaluated: %s", answer.device, answer.problem or "more right than tested")
+            problem = answer.problem if answer.values is None else answer.values.problem(whole=not here, own=own)
+            if answer.values is None or problem:
+                log.warning("device %d is not evaluated: %s", answer.device, problem)
             else:
                 right[answer.device] = answer.values
         if right and not here:
@@ -201,26 +205,27 @@ class FlowerFleet:
         self, name: str, kind: type[Values], questions: Mapping[int, BaseModel], message: Tensor | None = None
     ) -> Iterator[Answer[Values]]:
         """The answers in the order of the questions, each as soon as it and those before it are there."""
+        adapter = None if message is None else encode_adapter(message)
         sent = [
-            Message(encode(question, message), self._nodes[device], name, ttl=self._timeout)
+            Message(encode(question, adapter), self._nodes[device], name, ttl=self._timeout)
             for device, question in questions.items()
         ]
         waiting = {identity for identity in self._grid.push_messages(sent) if identity}
+        asked = {one.metadata.message_id: device for one, device in zip(sent, questions, strict=True)}
         del sent
         there: dict[int, Message] = {}
         until, pause = time.monotonic() + self._timeout, 0.01
         for device in questions:
-            node = self._nodes[device]
-            while node not in there and waiting and time.monotonic() < until:
+            while device not in there and waiting and time.monotonic() < until:
                 for reply in self._grid.pull_messages(waiting):
                     waiting.discard(reply.metadata.reply_to_message_id)
-                    there[reply.metadata.src_node_id] = reply
+                    there[asked[reply.metadata.reply_to_message_id]] = reply
                     pause = 0.01
-                if node not in there:
+                if device not in there:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
             late = f"no answer within {self._timeout:g} s" if waiting else "no message reached it"
-            yield _answer(device, kind, there.pop(node, None), late)
+            yield _answer(device, kind, there.pop(device, None), late)
 
     def _wait(self, wanted: int) -> list[int]:
         """The nodes of the grid, once there are as many as wanted."""

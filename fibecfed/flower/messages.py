@@ -106,17 +106,28 @@ class Tested(_Values):
     whole: Count | None
     own: Count | None
 
+    def problem(self, whole: bool, own: bool) -> str:
+        """What is wrong with it, where ``whole`` and ``own`` were asked for."""
+        if (whole and self.whole is None) or (own and self.own is None):
+            return "an answer is missing"
+        return "more right than tested" if max(self.whole or 0, self.own or 0) > self.tested else ""
+
 
 Values = TypeVar("Values", bound=BaseModel)
 
 
-def encode(values: BaseModel, message: Tensor | None = None) -> RecordDict:
-    """The records of a question or an answer; ``message``: uint8 (bytes,), as WirePlan packs it."""
+def encode(values: BaseModel, adapter: ArrayRecord | None = None) -> RecordDict:
+    """The records of a question or an answer."""
     records = RecordDict({RECORD: ConfigRecord({TEXT: values.model_dump_json()})})
-    if message is not None:
-        data = message.cpu().numpy().tobytes()
-        records[ADAPTER] = ArrayRecord({ADAPTER: Array("uint8", (len(data),), "safetensors", data)})
+    if adapter is not None:
+        records[ADAPTER] = adapter
     return records
+
+
+def encode_adapter(message: Tensor) -> ArrayRecord:
+    """A message of WirePlan, uint8 (bytes,): a copy, which any number of questions may share."""
+    data = message.cpu().numpy().tobytes()
+    return ArrayRecord({ADAPTER: Array("uint8", (len(data),), "safetensors", data)})
 
 
 def decode(kind: type[Values], records: RecordDict) -> Values:

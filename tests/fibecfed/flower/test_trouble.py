@@ -124,7 +124,9 @@ def test_a_device_that_cannot_be_evaluated_is_left_out_and_said(
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     whole = run(sources, tmp_path / "whole", "train", lambda reply: reply, ())
     boast = saying('{"tested": 1, "whole": null, "own": 2}')
-    for spoil, reason in ((lost, "no answer within 0.2 s"), (boast, "more right than tested")):
+    silent = saying('{"tested": 1, "whole": 1, "own": null}')
+    found = ((lost, "no answer within 0.2 s"), (boast, "more right than tested"), (silent, "an answer is missing"))
+    for spoil, reason in found:
         caplog.clear()
         record = run(sources, tmp_path / reason[:2], "evaluate", spoil, (1, 3))
         assert [entry.global_accuracy for entry in record.rounds] == [entry.global_accuracy for entry in whole.rounds]
