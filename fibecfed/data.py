@@ -126,12 +126,22 @@ def load_task(
     return Task(name, training, testing, classes)
 
 
-def load_classes(source: str | Path, *, label: str = "label", test: str | None = None) -> tuple[str, ...]:
-    """The names of the classes that a source has or declares, in the order of :func:`load_task`; also a single one.
-
-    Raises DataError as :func:`load_task` does."""
-    _, train, _, columns = _read(source, Columns("text", None, label, None), test)
-    return _classes(train, columns.label)
+def load_classes(
+    source: str | Path,
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    key: str | None = None,
+    test: str | None = None,
+) -> tuple[str, ...]:
+    """The names of the classes that a source declares, or has to train or to test on, in the order of
+    :func:`load_task`; also a single one. Raises DataError as :func:`load_task` does."""
+    _, train, held_out, columns = _read(source, Columns(text, pair, label, key), test)
+    found = _classes(train, columns.label)
+    if held_out is None or train.declared_classes(columns.label):
+        return found
+    return _sorted({*found, *_label_names(held_out, columns.label)})
 
 
 def merge_classes(found: Iterable[Sequence[str]]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from .adapter import FlatAdapter
 from .batches import Encoded, encode, no_samples
 from .client import Device
 from .config import ConfigError, RunConfig
-from .data import Split, Task, load_task
+from .data import Split, Task, load_classes, load_task
 from .models import LoadedModel, load_model
 from .partition import partition, split_like
 
@@ -51,10 +51,9 @@ def load_data(config: RunConfig, classes: Sequence[str] | None = None) -> Task:
     """The data of a configuration; ``classes``: those of all devices, where it is one's own. Raises DataError for what
     does not fit."""
     data = config.data
-    columns = {"text": data.text, "pair": data.pair, "label": data.label, "key": data.key}
     return load_task(
         data.source,
-        **{column: name for column, name in columns.items() if name is not None},
+        **_columns(config),
         test=data.test,
         test_fraction=data.test_fraction,
         max_train=data.max_train,
@@ -62,6 +61,17 @@ def load_data(config: RunConfig, classes: Sequence[str] | None = None) -> Task:
         seed=config.seed,
         classes=classes,
     )
+
+
+def own_classes(config: RunConfig) -> tuple[str, ...]:
+    """The classes of a device's own data. Raises DataError for what does not fit."""
+    return load_classes(config.data.source, **_columns(config), test=config.data.test)
+
+
+def _columns(config: RunConfig) -> dict[str, str]:
+    data = config.data
+    columns = {"text": data.text, "pair": data.pair, "label": data.label, "key": data.key}
+    return {column: name for column, name in columns.items() if name is not None}
 
 
 def load_base(config: RunConfig, num_classes: int) -> LoadedModel:

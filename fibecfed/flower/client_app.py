@@ -20,8 +20,7 @@ from fibecfed_kernels import WirePlan
 
 from ..client import Device
 from ..config import ConfigError, RunConfig, dump_config
-from ..data import load_classes
-from ..federation import Federation, build, build_own, load_data
+from ..federation import Federation, build, build_own, load_data, own_classes
 from ..fleet import LocalFleet
 from ..record import SilentObserver
 from ..stopwatch import Stopwatch
@@ -58,7 +57,7 @@ def hello(message: Message, context: Context) -> Message:
     if OWN not in context.node_config:
         return Message(encode(Hello(partition=_partition(context))), reply_to=message)
     config = run_config(context.run_config, context.node_config)
-    classes = load_classes(config.data.source, label=config.data.label, test=config.data.test)
+    classes = own_classes(config)
     task = load_data(config, classes)
     found = Hello(partition=None, train=len(task.train), test=len(task.test), classes=list(classes))
     return Message(encode(found), reply_to=message)

@@ -171,6 +171,7 @@ def test_a_device_may_lack_classes_that_others_have(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 1 class, wanted at least two"):
         load_task(path)
     assert load_classes(path) == ("b",)
+    assert load_classes(path, test=str(write(tmp_path / "test.jsonl", rows(4, ["a", "b"])))) == ("a", "b")
     task = load_task(path, classes=("a", "b", "c"))
     assert task.classes == ("a", "b", "c")
     assert set(task.train.labels) == set(task.test.labels) == {1}

@@ -59,7 +59,7 @@ def own_data(folder: Path) -> list[Path]:
     """The data of three devices: one has both classes, two have one, which is another one in each."""
     rng, paths = np.random.default_rng(5), []
     for place, kinds in enumerate((["no", "yes"], ["yes"], ["no"])):
-        lines = ["text,label"]
+        lines = ["words,kind"]
         for i in range(20 + 8 * place):
             words = [WORDS[w] for w in rng.integers(0, 30, rng.integers(3, 9))]
             lines.append(f"{' '.join(words)},{kinds[i % len(kinds)]}")
@@ -101,9 +101,11 @@ def predictions_by_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_with_data_of_their_own_are_those_of_one_process(sources: tuple[Path, Path], tmp_path: Path) -> None:
     paths = own_data(tmp_path)
     settings = config(sources, tmp_path / "grid", *LEARNS, "partition.devices=3", "train.per_round=3")
-    grid = LocalGrid(flat(settings) | {"data.source": "nowhere.csv"}, [{"data.source": str(path)} for path in paths])
+    columns = {"text": "words", "label": "kind"}
+    asked = flat(settings) | {"data.source": "nowhere.csv", "data.text": "words"}
+    grid = LocalGrid(asked, [{"data.source": str(path), "data.label": "kind"} for path in paths])
     there = serve(grid, settings)
-    seed = {"seed": settings.seed, "classes": ("no", "yes")}
+    seed: dict[str, Any] = {"seed": settings.seed, "classes": ("no", "yes"), **columns}
     here = Known(
         settings.model_copy(update={"out": str(tmp_path / "here")}), [load_task(path, **seed) for path in paths]
     ).start()
