@@ -221,7 +221,7 @@ def _split(table: Table, columns: Columns, classes: Sequence[str]) -> Split:
 
 def _test_share(labels: NDArray[np.int64], fraction: float, where: str, seed: int) -> NDArray[np.bool_]:
     """Which samples become the test set: (n,) bool. Each class keeps at least one sample to train on."""
-    count, classes = len(labels), int(labels.max()) + 1
+    count, classes = len(labels), len(np.unique(labels))
     if count <= classes:
         raise DataError(f"{where}: {count} samples of {classes} classes are too few to keep some as a test set")
     size = min(max(1, round(fraction * count)), count - classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from .messages import (
 )
 
 log = logging.getLogger("flwr")  # what Flower shows of a run
+LONGEST_REASON = 500  # characters that are kept of what a node says went wrong
 LONGEST_PAUSE = 1.0  # seconds between two looks for answers
 
 
@@ -115,11 +116,11 @@ class FlowerFleet:
     # -- initialization phase ------------------------------------------------------------------------------------
 
     def sensitivities(self) -> Iterator[Tensor]:
-        places = self._about(Place, range(len(self._nodes)))
+        places, model = self._about(Place, range(len(self._nodes))), cast(Any, self.flat.model)
         for answer in self._ask("query.sensitivity", Sensitivities, places):
             values = self._needed(answer).values
-            if len(values) <= max(self.flat.layers):
-                raise FleetError(f"device {answer.device}: {len(values)} sensitivities, wanted one a transformer block")
+            if len(values) != (blocks := model.config.num_hidden_layers):
+                raise FleetError(f"device {answer.device}: {len(values)} sensitivities, wanted {blocks}, one a block")
             yield torch.tensor(values, dtype=torch.float64)
 
     def decisions(self, asked: Sequence[int], layer: int | None = None) -> Iterator[Decision]:
@@ -242,11 +243,18 @@ def _answer(device: int, kind: type[Values], reply: Message | None, late: str) -
     if reply is None:
         return Answer(device, None, RecordDict(), late)
     if reply.has_error():
-        return Answer(device, None, RecordDict(), " ".join((reply.error.reason or "an error without a reason").split()))
+        return Answer(device, None, RecordDict(), _cut(reply.error.reason or "an error without a reason"))
     try:
         return Answer(device, decode(kind, reply.content), reply.content)
     except MessageError as error:
-        return Answer(device, None, reply.content, str(error))
+        return Answer(device, None, reply.content, _cut(str(error)))
+
+
+def _cut(text: str) -> str:
+    """A line of at most LONGEST_REASON characters that may stand in a terminal: a node can send anything."""
+    line = " ".join(text[: 10 * LONGEST_REASON].split())
+    line = "".join(one if one.isprintable() else "?" for one in line)
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} …"
 
 
 def _in_order(nodes: Sequence[int], hellos: Sequence[Hello], config: RunConfig) -> tuple[list[int], list[Hello]]:

@@ -76,7 +76,12 @@ def carrying(change: Callable[[bytes], bytes]) -> Spoil:
     return spoil
 
 
+def shouted(reply: Message) -> Message:
+    return Message(Error(code=3, reason="\x1b[31m" + "A" * 10**6), reply_to=asked(reply))
+
+
 NONSENSE: dict[str, tuple[Spoil, str]] = {
+    "shouted": (shouted, "?[31m" + "A" * 495 + " …"),
     "lost": (lost, "no answer within 0.2 s"),
     "failed": (failed, "<class 'ValueError'>:<'two lines'>"),
     "no values": (without("fibecfed"), "no 'json' in record 'fibecfed', wanted a Trained"),
@@ -151,7 +156,8 @@ def test_local_layers_that_do_not_arrive_are_left_out_of_the_adapter_and_said(
         ("query.hello", saying('{"partition": 1}'), r"partition-id of the nodes: \[0, 1, 1, 3\], wanted each of 0 … 3"),
         ("query.hello", saying('{"partition": null, "train": 3}'), "some nodes have data of their own"),
         ("query.sensitivity", lost, r"device 2 \(node 102\): no answer within 0.2 s"),
-        ("query.sensitivity", saying('{"values": [1.0]}'), "device 2: 1 sensitivities, wanted one a transformer block"),
+        ("query.sensitivity", saying('{"values": [1.0]}'), "device 2: 1 sensitivities, wanted 3, one a block"),
+        ("query.sensitivity", saying('{"values": [1, 2, 3, 4]}'), "device 2: 4 sensitivities, wanted 3, one a block"),
         ("query.spectrum", saying("[]"), r"device 2 \(node 102\): Decided: "),
         ("query.score", lost, r"device 2 \(node 102\): no answer within 0.2 s"),
     ],
