@@ -116,8 +116,8 @@ def load_task(
     else:
         testing = _split(held_out, columns, classes)
     if max_train is not None:
-        if max_train < len(classes):
-            raise DataError(f"max_train is {max_train}, wanted at least one sample for each of {len(classes)} classes")
+        if max_train < (present := len(np.unique(training.labels))):
+            raise DataError(f"max_train is {max_train}, wanted at least one sample for each of {present} classes")
         training = training.take(_stratified(training.labels, max_train, np.random.default_rng([seed, 1]), low=1))
     if max_test is not None:
         if max_test < 1:

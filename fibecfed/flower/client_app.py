@@ -1,7 +1,7 @@
 """A Flower node as one device of FibecFed.
 
 A node's process may end after every message, so what a device keeps between its rounds (local layers, scores,
-importances, what its last message lost) lies in Flower's context of the node and leaves it never.
+importances, what its last message lost) lies in Flower's context of the node.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def spectrum(message: Message, context: Context) -> Message:
 @app.query("score")
 def score(message: Message, context: Context) -> Message:
     """Steps 1, 2 and 5 on this device; the scores stay here."""
-    node = _Node(context, work := decode(Work, message.content), work)
+    node = _Node(context, decode(Work, message.content))
     for _ in node.fleet.score_all():
         node.keep()
     return Message(encode(Nothing()), reply_to=message)
@@ -91,7 +91,7 @@ def score(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Steps 7 and 8 on this device."""
     work = decode(Work, message.content)
-    node = _Node(context, work, work)
+    node = _Node(context, work)
     broadcast = decode_adapter(message.content)
     (upload,) = node.fleet.train([0], broadcast, work.round, work.share, Stopwatch(), SilentObserver().on_phase)
     assert upload.result is not None
@@ -105,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Right answers on this device's test samples; the adapter that is tested comes in float32, whatever the wire's."""
     test = decode(Test, message.content)
-    node = _Node(context, test, test)
+    node = _Node(context, test)
     fleet, device = node.fleet, node.device
     WirePlan(fleet.flat, test.gal, "float32").load(decode_adapter(message.content), fleet.flat, round=test.round)
     labels = fleet.fed.task.test.labels[device.test]
@@ -122,7 +122,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def last(message: Message, context: Context) -> Message:
     """The last upload: this device's local layers."""
     asked = decode(Last, message.content)
-    fleet = _Node(context, asked, asked).fleet
+    fleet = _Node(context, asked).fleet
     local = [layer for layer in fleet.flat.layers if layer not in set(asked.gal)]
     (upload,) = fleet.last_uploads(WirePlan(fleet.flat, local, dtype=asked.dtype))
     assert upload.message is not None
@@ -139,7 +139,7 @@ def _partition(context: Context) -> int:
 class _Node:
     """This device, with what it kept from its rounds before; the adapter is the initial one."""
 
-    def __init__(self, context: Context, place: Place, work: Work | None = None) -> None:
+    def __init__(self, context: Context, place: Place) -> None:
         config, own = run_config(context.run_config, context.node_config), place.classes is not None
         made, initial = _federation(dump_config(config), tuple(place.classes or ()), place.index if own else None)
         if not own and place.index != (part := _partition(context)):
@@ -149,8 +149,8 @@ class _Node:
         self.device = Device(place.index, there.train, there.test)
         self.fleet = LocalFleet(replace(made, devices=[self.device]))
         self._context = context
-        if work is not None:
-            self.fleet.divide(work.gal, work.shares)
+        if isinstance(place, Work):
+            self.fleet.divide(place.gal, place.shares)
             self._restore()
 
     def _restore(self) -> None:

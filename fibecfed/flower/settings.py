@@ -10,10 +10,10 @@ TIMEOUT = "timeout"  # seconds that the server waits for nodes and for their ans
 DEFAULT_TIMEOUT = 3600.0
 OF_THE_NODE = ("data.", "device")  # settings that a node's own configuration may change
 
-Values = Mapping[str, bool | int | float | str]
+Settings = Mapping[str, bool | int | float | str]
 
 
-def run_config(values: Values, node: Values | None = None) -> RunConfig:
+def run_config(values: Settings, node: Settings | None = None) -> RunConfig:
     """The run that ``run_config`` of a Flower context asks for; ``node``: with a node's own data and device.
 
     What Flower has no type for is written as text: ``model.targets = '["q_proj"]'``. Raises ConfigError.
@@ -23,7 +23,7 @@ def run_config(values: Values, node: Values | None = None) -> RunConfig:
     return load_config(None, [f"{key}={_text(value)}" for key, value in given.items()], option="run config")
 
 
-def timeout(values: Values) -> float:
+def timeout(values: Settings) -> float:
     """Seconds. Raises ConfigError for what is none."""
     found = values.get(TIMEOUT, DEFAULT_TIMEOUT)
     if isinstance(found, bool | str) or not 0 < found < float("inf"):

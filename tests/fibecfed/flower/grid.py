@@ -30,9 +30,8 @@ class LocalGrid(Grid):
             100 + place: Context(1, 100 + place, dict(config), RecordDict(), dict(run_config))
             for place, config in enumerate(node_configs)
         }
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (
-            1  # whose messages those made in this process are
-        )
+        # whose messages those made in this process are
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.spoil, self.unreachable = spoil, unreachable
         self._replies: dict[str, Message] = {}
         self._names = map(str, itertools.count())
