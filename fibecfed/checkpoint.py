@@ -35,14 +35,20 @@ def save_checkpoint(
     os.replace(temporary, run_dir / CHECKPOINT_FILE)
 
 
+def checkpoint_of(run_dir: Path) -> Path:
+    """The file that :func:`save_checkpoint` wrote. Raises RecordError where there is none."""
+    path = run_dir / CHECKPOINT_FILE
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file, wanted the folder of a run to go on with (one over Flower has none)")
+    return path
+
+
 def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: list[Device]) -> tuple[int, float]:
     """Put back what :func:`save_checkpoint` wrote; returns the round and the seconds spent until then.
 
     Raises RecordError when there is no checkpoint, it cannot be read, or it is another run's.
     """
-    path = run_dir / CHECKPOINT_FILE
-    if not path.is_file():
-        raise RecordError(f"{path}: no such file, wanted the folder of a run with at least one finished round")
+    path = checkpoint_of(run_dir)
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -91,10 +91,12 @@ class RoundRecord(Cost):
     """One round; rounds count from 1. An accuracy is None where the round was not evaluated.
 
     devices: those drawn. loss: mean over the samples trained on, None where there was none. data_share: c(t). samples:
-    trained on, repetitions counted. rows_active: mean over the devices drawn. seconds: by activity (init, train, pack,
+    trained on, repetitions counted. rows_active: mean over the devices taken. seconds: by activity (init, train, pack,
     aggregate, evaluate). modelled_seconds: communication over the configured link. elapsed: wall seconds since the
     start of the run, initialization included. global_metrics: beside the accuracy. refused {device: reason}: of whom
-    the server took no message; where that is all, its values are those of the round before.
+    the server took no message; where that is all, its values are those of the round before. What a refused device says
+    is in neither loss, samples nor rows; what it sent is in the bytes. unevaluated {device: reason}: whose answers are
+    missing in the accuracies.
     """
 
     round: int
@@ -111,14 +113,16 @@ class RoundRecord(Cost):
     personal_accuracy: float | None = None
     global_metrics: dict[str, float | None] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    unevaluated: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndRecord(Scored):
     """The end of a run: final accuracies; bytes and seconds over initialization, rounds and the final upload.
 
-    adapter: the exported PEFT folder, relative to the run's. refused {device: reason}: who trained, but whose local
-    layers are not in it. The scores are those known by then: with lazy scoring, of the devices that were drawn.
+    adapter: the exported PEFT folder, relative to the run's. refused {device: reason}: who trained, or may have, but
+    whose local layers are not in it. The scores are those known by then: with lazy scoring, of the devices that were
+    drawn.
     """
 
     global_accuracy: float | None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .config import RunConfig
 from .phases import Cost
@@ -20,6 +21,7 @@ __all__ = [
     "Reached",
     "comparison_table",
     "differences",
+    "left_out_table",
     "print_comparison",
     "print_report",
     "reached",
@@ -115,6 +117,19 @@ def seconds_table(record: RunRecord) -> Table:
     return table
 
 
+def left_out_table(record: RunRecord) -> Table:
+    """A row a device and what it is missing in: a round's mean, its accuracies, the adapter; and why."""
+    table = _table("devices left out", ("round", "device", "of", "reason"))
+    table.columns[-1].justify = "left"
+    for entry in record.rounds:
+        for what, found in (("mean", entry.refused), ("accuracy", entry.unevaluated)):
+            for device, reason in found.items():
+                table.add_row(str(entry.round), str(device), what, Text(reason))
+    for device, reason in (record.end.refused if record.end else {}).items():
+        table.add_row("end", str(device), "adapter", Text(reason))
+    return table
+
+
 def summary_table(record: RunRecord) -> Table:
     """What came out and what it cost, a fact a row."""
     table = Table(title=record.name, box=box.SIMPLE, show_header=False, title_justify="left")
@@ -160,6 +175,8 @@ def print_report(record: RunRecord, console: Console) -> None:
     if record.rounds:
         console.print(rounds_table(record))
         console.print(seconds_table(record))
+    if (left_out := left_out_table(record)).row_count:
+        console.print(left_out)
     console.print(summary_table(record))
 
 

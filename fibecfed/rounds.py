@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import curriculum
 from .client import Device, TrainResult
-from .config import RunConfig, dump_config
+from .config import dump_config
 from .export import export_adapter
 from .fleet import Fleet
 from .initialization import Choice, choose_layers, neuron_shares
@@ -36,11 +36,11 @@ class Run:
     ``begin`` makes the fleet, and raises the rooms' own errors for what does not fit before anything is written.
     """
 
-    def __init__(self, config: RunConfig, observer: Observer, begin: Callable[[], Fleet]) -> None:
-        self.config, self.observer, self.watch = config, observer, Stopwatch()
+    def __init__(self, observer: Observer, begin: Callable[[], Fleet]) -> None:
+        self.observer, self.watch = observer, Stopwatch()
         with self.watch.phase("load"):
             self.fleet = begin()
-        self.flat = self.fleet.fed.flat
+        self.config, self.flat = self.fleet.fed.config, self.fleet.fed.flat
         self.server: Server
 
     def start(self) -> RunRecord:
@@ -135,12 +135,15 @@ class Run:
         config, fleet, server = self.config, self.fleet, self.server
         drawn = server.draw(t, len(fleet.sizes), config.train.per_round)
         share = self._share(t)
-        results: list[TrainResult] = []
+        trained: dict[int, TrainResult] = {}
+        bytes_up = 0
 
         def uploads(broadcast: Tensor) -> Iterator[Upload]:
+            nonlocal bytes_up
             for upload in fleet.train(drawn, broadcast, t, share, self.watch, self.observer.on_phase):
+                bytes_up += 0 if upload.message is None else upload.message.numel()
                 if upload.result is not None:
-                    results.append(upload.result)
+                    trained[upload.device] = upload.result
                 yield upload
 
         with self.watch.phase("pack"):
@@ -152,6 +155,7 @@ class Run:
         if evaluated:
             with self.watch.phase("evaluate"):
                 accuracies = fleet.evaluate(server, self.observer.on_phase)
+        results = [result for device, result in trained.items() if device not in refused]
         samples = sum(result.samples for result in results)
         return RoundRecord(
             round=t,
@@ -162,7 +166,7 @@ class Run:
             layers_active=len(server.up.layers),
             rows_active=round(float(np.mean([result.rows for result in results]))) if results else 0,
             rows_total=self.flat.num_rows,
-            bytes_up=len(results) * server.up.nbytes,
+            bytes_up=bytes_up,
             bytes_down=len(drawn) * server.down.nbytes,
             seconds=self.watch.take(),
             modelled_seconds=link_seconds(config.wire, server.up.nbytes, server.down.nbytes),

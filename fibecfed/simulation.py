@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT_FILE, checkpoint_of, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .federation import build
 from .fleet import LocalFleet
@@ -41,6 +41,7 @@ def resume(run_dir: Path | str, *, observer: Observer | None = None) -> RunRecor
         raise RecordError(f"{path}: this run has ended, there is nothing to resume")
     if before.init is None:
         raise RecordError(f"{path}: interrupted before the end of the initialization, wanted a run to go on with")
+    checkpoint_of(path)  # before data and model are loaded
     return _Simulation(before.config, observer or SilentObserver()).go_on(before, path)
 
 
@@ -50,7 +51,7 @@ class _Simulation(Run):
     fleet: LocalFleet
 
     def __init__(self, config: RunConfig, observer: Observer) -> None:
-        super().__init__(config, observer, lambda: LocalFleet(build(config)))
+        super().__init__(observer, lambda: LocalFleet(build(config)))
 
     def go_on(self, before: RunRecord, path: Path) -> RunRecord:
         assert before.init is not None

@@ -24,10 +24,12 @@ from ..federation import Federation, build, build_own, load_data, own_classes
 from ..fleet import LocalFleet
 from ..record import SilentObserver
 from ..stopwatch import Stopwatch
+from .alike import difference, digests
 from .messages import (
     Decided,
     Hello,
     Last,
+    Left,
     MessageError,
     Nothing,
     Place,
@@ -59,7 +61,8 @@ def hello(message: Message, context: Context) -> Message:
     config = run_config(context.run_config, context.node_config)
     classes = own_classes(config)
     task = load_data(config, classes)
-    found = Hello(partition=None, train=len(task.train), test=len(task.test), classes=list(classes))
+    sizes = {"train": len(task.train), "test": len(task.test)}
+    found = Hello(partition=None, **sizes, classes=list(classes), pair=config.data.pair is not None)
     return Message(encode(found), reply_to=message)
 
 
@@ -124,9 +127,10 @@ def last(message: Message, context: Context) -> Message:
     asked = decode(Last, message.content)
     fleet = _Node(context, asked).fleet
     local = [layer for layer in fleet.flat.layers if layer not in set(asked.gal)]
-    (upload,) = fleet.last_uploads(WirePlan(fleet.flat, local, dtype=asked.dtype))
-    assert upload.message is not None
-    return Message(encode(Nothing(), encode_adapter(upload.message)), reply_to=message)
+    for upload in fleet.last_uploads(WirePlan(fleet.flat, local, dtype=asked.dtype)):
+        assert upload.message is not None
+        return Message(encode(Left(trained=True), encode_adapter(upload.message)), reply_to=message)
+    return Message(encode(Left(trained=False)), reply_to=message)
 
 
 def _partition(context: Context) -> int:
@@ -141,9 +145,11 @@ class _Node:
 
     def __init__(self, context: Context, place: Place) -> None:
         config, own = run_config(context.run_config, context.node_config), place.classes is not None
-        made, initial = _federation(dump_config(config), tuple(place.classes or ()), place.index if own else None)
+        made, initial, mine = _federation(dump_config(config), tuple(place.classes or ()), place.index if own else None)
         if not own and place.index != (part := _partition(context)):
             raise MessageError(f"asked as device {place.index}, wanted {part}, this node's {PARTITION}")
+        if problem := difference(place.alike, mine):
+            raise MessageError(problem)
         made.flat.copy_(initial)
         there = made.devices[0 if own else place.index]
         self.device = Device(place.index, there.train, there.test)
@@ -181,9 +187,9 @@ class _Node:
 
 
 @lru_cache(maxsize=1)  # a process may work for several devices in turn: data and model are loaded once
-def _federation(config: str, classes: tuple[str, ...], own: int | None) -> tuple[Federation, Tensor]:
-    """Of a configuration as TOML: what its devices share, or the federation of one with data of its own; and the
-    initial adapter."""
+def _federation(config: str, classes: tuple[str, ...], own: int | None) -> tuple[Federation, Tensor, dict[str, str]]:
+    """Of a configuration as TOML: what its devices share, or the federation of one with data of its own; the initial
+    adapter; and the digests of what must be alike."""
     made = RunConfig.model_validate(tomllib.loads(config))
     fed = build(made) if own is None else build_own(made, classes, own)
-    return fed, fed.flat.data.detach().clone()
+    return fed, fed.flat.data.detach().clone(), digests(fed, data=own is None)

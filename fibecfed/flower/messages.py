@@ -30,19 +30,23 @@ class Nothing(_Values):
 
 
 class Hello(_Values):
-    """A node: which part of the run's data is its own, or how many samples and which classes it has itself."""
+    """A node: which part of the run's data is its own, or how many samples and which classes it has itself, and whether
+    they are pairs of texts."""
 
     partition: Count | None
     train: Count = 0
     test: Count = 0
     classes: list[str] | None = None
+    pair: bool = False
 
 
 class Place(_Values):
-    """Which device a node is; the classes of all devices, where they have data of their own."""
+    """Which device a node is; the classes of all devices, where they have data of their own; digests of what must be
+    the same there."""
 
     index: Count
     classes: list[str] | None = None
+    alike: dict[str, str]
 
 
 class Spectrum(Place):
@@ -73,6 +77,12 @@ class Last(Work):
     dtype: Literal["float32", "bfloat16", "float16", "int8"]
 
 
+class Left(_Values):
+    """What is left on a device: where it never trained, no adapter comes along."""
+
+    trained: bool
+
+
 class Sensitivities(_Values):
     """I_l of every transformer block."""
 
@@ -90,6 +100,10 @@ class Decided(_Values):
     weights: list[float]
     lipschitz: float
 
+    def problem(self, values: int) -> str:
+        """What is wrong with it, for an adapter of so many values."""
+        return "" if self.m <= self.dim <= values else f"m = {self.m} of dim = {self.dim}, of {values} values"
+
 
 class Trained(_Values):
     """A device's TrainResult."""
@@ -97,6 +111,12 @@ class Trained(_Values):
     loss: float
     samples: Count
     rows: Count
+
+    def problem(self, samples: int, rows: int) -> str:
+        """What is wrong with it, where it can be at most so many samples and rows."""
+        if self.samples > samples or self.rows > rows:
+            return f"trained on {self.samples} samples and {self.rows} rows, wanted at most {samples} and {rows}"
+        return ""
 
 
 class Tested(_Values):
@@ -106,8 +126,11 @@ class Tested(_Values):
     whole: Count | None
     own: Count | None
 
-    def problem(self, whole: bool, own: bool) -> str:
-        """What is wrong with it, where ``whole`` and ``own`` were asked for."""
+    def problem(self, tested: int, whole: bool, own: bool) -> str:
+        """What is wrong with it, where the device has so many test samples, and ``whole`` and ``own`` were asked
+        for."""
+        if self.tested != tested:
+            return f"tested on {self.tested} samples, wanted its {tested}"
         if (whole and self.whole is None) or (own and self.own is None):
             return "an answer is missing"
         return "more right than tested" if max(self.whole or 0, self.own or 0) > self.tested else ""

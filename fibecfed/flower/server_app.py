@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     config, seconds = run_config(context.run_config), timeout(context.run_config)
     check_out(config.out)
-    Run(config, _Log(), lambda: FlowerFleet(grid, config, seconds)).start()
+    Run(_Log(), lambda: FlowerFleet(grid, config, seconds)).start()
 
 
 class _Log(SilentObserver):
@@ -55,6 +55,8 @@ class _Log(SilentObserver):
         )
         for device, reason in record.refused.items():
             log.warning("round %d goes on without device %d: %s", record.round, device, reason)
+        for device, reason in record.unevaluated.items():
+            log.warning("device %d is not evaluated: %s", device, reason)
 
     def on_end(self, record: EndRecord) -> None:
         for device, reason in record.refused.items():

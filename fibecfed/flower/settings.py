@@ -8,18 +8,19 @@ from ..config import ConfigError, RunConfig, load_config
 
 TIMEOUT = "timeout"  # seconds that the server waits for nodes and for their answers
 DEFAULT_TIMEOUT = 3600.0
-OF_THE_NODE = ("data.", "device")  # settings that a node's own configuration may change
+OF_THE_NODE = {"device", "model.source"}  # settings that a node's own configuration may change, beside those of data
 
 Settings = Mapping[str, bool | int | float | str]
 
 
 def run_config(values: Settings, node: Settings | None = None) -> RunConfig:
-    """The run that ``run_config`` of a Flower context asks for; ``node``: with a node's own data and device.
+    """The run that ``run_config`` of a Flower context asks for; ``node``: with a node's own data, place of the model
+    and device.
 
     What Flower has no type for is written as text: ``model.targets = '["q_proj"]'``. Raises ConfigError.
     """
     given = {key: value for key, value in values.items() if key != TIMEOUT}
-    given |= {key: value for key, value in (node or {}).items() if key.startswith(OF_THE_NODE)}
+    given |= {key: value for key, value in (node or {}).items() if key.startswith("data.") or key in OF_THE_NODE}
     return load_config(None, [f"{key}={_text(value)}" for key, value in given.items()], option="run config")
 
 

@@ -16,6 +16,7 @@ from fibecfed.report import (
     common_target,
     comparison_table,
     differences,
+    left_out_table,
     print_comparison,
     print_report,
     reached,
@@ -218,3 +219,20 @@ def test_an_observer_prints_a_line_for_start_initialization_and_every_round() ->
     assert lines[2].startswith("round 1/2  loss 0.7000  global  60.0 %  personal  65.0 %  data  60 %  5.00 MB  10.0 s")
     assert "global     – %" in lines[3]
     assert (observer.path, observer.rounds) == (Path("runs/demo"), 2)
+
+
+def test_who_was_left_out_of_what_and_why_is_shown_and_nothing_where_nobody_was() -> None:
+    record = run_record((0.6, 0.7))
+    assert left_out_table(record).row_count == 0
+    assert record.end is not None
+    first = replace(record.rounds[0], refused={3: "[bold]checksum\\"}, unevaluated={0: "late"})
+    record = replace(record, rounds=(first, record.rounds[1]), end=replace(record.end, refused={4: "gone"}))
+    console = Console(file=StringIO(), width=120)
+    print_report(record, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [line.split() for line in text[text.index("devices left out") :].splitlines()[4:7]]
+    assert rows == [
+        ["1", "3", "mean", "[bold]checksum\\"],
+        ["1", "0", "accuracy", "late"],
+        ["end", "4", "adapter", "gone"],
+    ]

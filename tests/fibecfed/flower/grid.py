@@ -17,14 +17,16 @@ Spoil = Callable[[int, Message], Message | None]
 
 
 class LocalGrid(Grid):
-    """Nodes 100, 101, …; ``spoil(node, reply)`` may change an answer on its way, None: it is lost."""
+    """Nodes 100, 101, …; ``spoil(node, reply)`` may change an answer on its way, None: it is lost; what is
+    ``unreachable(node, kind)`` is not taken; ``listed(look)``: which nodes are there at each look, None: all."""
 
     def __init__(
         self,
         run_config: dict[str, Any],
         node_configs: list[dict[str, Any]],
         spoil: Spoil = lambda node, reply: reply,
-        unreachable: int | None = None,
+        unreachable: Callable[[int, str], bool] = lambda node, kind: False,
+        listed: Callable[[int], Iterable[int]] | None = None,
     ) -> None:
         self.contexts = {
             100 + place: Context(1, 100 + place, dict(config), RecordDict(), dict(run_config))
@@ -32,7 +34,8 @@ class LocalGrid(Grid):
         }
         # whose messages those made in this process are
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        self.spoil, self.unreachable = spoil, unreachable
+        self.spoil, self.unreachable, self.listed = spoil, unreachable, listed
+        self._looks = itertools.count()
         self._replies: dict[str, Message] = {}
         self._names = map(str, itertools.count())
 
@@ -47,17 +50,18 @@ class LocalGrid(Grid):
         raise AssertionError("deprecated")
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(reversed(self.contexts))
+        return list(reversed(self.contexts)) if self.listed is None else self.listed(next(self._looks))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """A message to ``unreachable`` is not taken: Flower then gives None for its name."""
+        """For a message that is not taken Flower gives None for its name."""
         names: list[Any] = []
         for message in messages:
             node = message.metadata.dst_node_id
             message.metadata.__dict__["_message_id"] = name = next(self._names)
-            names.append(None if node == self.unreachable else name)
-            if node == self.unreachable:
+            if self.unreachable(node, message.metadata.message_type):
+                names.append(None)
                 continue
+            names.append(name)
             arrived = message_from_proto(message_to_proto(message))
             try:
                 reply = app(arrived, self.contexts[node])

@@ -84,7 +84,7 @@ class Known(Run):
         test, tests = joined([task.test for task in tasks])
         devices = [Device(k, *own) for k, own in enumerate(zip(trains, tests, strict=True))]
         task = Task("known", train, test, ("no", "yes"))
-        super().__init__(settings, SilentObserver(), lambda: LocalFleet(assemble(settings, task, devices)))
+        super().__init__(SilentObserver(), lambda: LocalFleet(assemble(settings, task, devices)))
 
 
 @pytest.fixture
@@ -109,6 +109,8 @@ def test_devices_with_data_of_their_own_are_those_of_one_process(sources: tuple[
     here = Known(
         settings.model_copy(update={"out": str(tmp_path / "here")}), [load_task(path, **seed) for path in paths]
     ).start()
+    assert there.config == settings.model_copy(update={"data": there.config.data})
+    assert there.config.data.source == "nodes"
     wanted, found = without_scores(here), without_scores(there)
     assert wanted.init is not None
     assert wanted.end is not None

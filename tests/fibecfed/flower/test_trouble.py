@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import Message
 
 from fibecfed.config import ConfigError
 from fibecfed.flower.fleet import FleetError
@@ -17,9 +16,9 @@ from fibecfed.record import RunRecord
 from ..small_run import config
 from .grid import LocalGrid
 from .running import adapter, flat, parts, serve
+from .spoiling import Spoil, carrying, changing, failed, lost, saying, shouted, without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Spoil = Callable[[Message], Message | None]
 QUICK = ["gal.selection=first", "gal.spectrum=false"]
 
 
@@ -35,49 +34,9 @@ def run(
     return serve(LocalGrid(flat(settings), parts(0, 1, 2, 3), maybe), settings, timeout=0.2)
 
 
-def lost(reply: Message) -> None:
-    return None
-
-
-def failed(reply: Message) -> Message:
-    return Message(Error(code=3, reason="<class 'ValueError'>:<'two\nlines'>"), reply_to=asked(reply))
-
-
-def asked(reply: Message) -> Message:
-    """A question that a reply to it goes the way of ``reply``."""
-    reply.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
-    node = reply.metadata.src_node_id
-    reply.metadata.__dict__["_src_node_id"], reply.metadata.__dict__["_dst_node_id"] = 1, node
-    return reply
-
-
-def saying(text: Any) -> Spoil:
-    def spoil(reply: Message) -> Message:
-        reply.content["fibecfed"] = ConfigRecord({"json": text})
-        return reply
-
-    return spoil
-
-
-def without(record: str) -> Spoil:
-    def spoil(reply: Message) -> Message:
-        del reply.content[record]
-        return reply
-
-    return spoil
-
-
-def carrying(change: Callable[[bytes], bytes]) -> Spoil:
-    def spoil(reply: Message) -> Message:
-        data = change(reply.content["adapter"]["adapter"].data)  # type: ignore[call-overload,index,union-attr]
-        reply.content["adapter"] = ArrayRecord({"adapter": Array("uint8", (len(data),), "safetensors", data)})
-        return reply
-
-    return spoil
-
-
-def shouted(reply: Message) -> Message:
-    return Message(Error(code=3, reason="\x1b[31m" + "A" * 10**6), reply_to=asked(reply))
+def decided(**values: int) -> Spoil:
+    found = {"found": True, "share": 0.5, "eigenvalues": [], "weights": [], "lipschitz": 1.0}
+    return saying(json.dumps(found | values))
 
 
 NONSENSE: dict[str, tuple[Spoil, str]] = {
@@ -92,6 +51,8 @@ NONSENSE: dict[str, tuple[Spoil, str]] = {
     "a loss that is no number": (saying('{"loss": NaN, "samples": 3, "rows": 1}'), "Trained.loss: "),
     "a count below 0": (saying('{"loss": 1.0, "samples": -3, "rows": 1}'), "Trained.samples: "),
     "a count as text": (saying('{"loss": 1.0, "samples": "3", "rows": 1}'), "Trained.samples: "),
+    "more samples than it has": (saying('{"loss": 1.0, "samples": 65, "rows": 1}'), "wanted at most "),
+    "more rows than there are": (saying('{"loss": 1.0, "samples": 3, "rows": 221}'), "and 221 rows, wanted at most "),
     "no adapter": (without("adapter"), "no 'adapter' in record 'adapter', wanted an adapter"),
     "an empty adapter": (carrying(lambda data: b""), "0 bytes"),
     "a damaged adapter": (carrying(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "CRC32C"),
@@ -123,21 +84,22 @@ def test_a_round_without_any_device_is_void(sources: tuple[Path, Path], tmp_path
     assert record.end.refused == {}
 
 
-def test_a_device_that_cannot_be_evaluated_is_left_out_and_said(
-    sources: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+def test_a_device_that_cannot_be_evaluated_is_left_out_and_said(sources: tuple[Path, Path], tmp_path: Path) -> None:
     whole = run(sources, tmp_path / "whole", "train", lambda reply: reply, ())
-    boast = saying('{"tested": 1, "whole": null, "own": 2}')
-    silent = saying('{"tested": 1, "whole": 1, "own": null}')
-    found = ((lost, "no answer within 0.2 s"), (boast, "more right than tested"), (silent, "an answer is missing"))
-    for spoil, reason in found:
-        caplog.clear()
-        record = run(sources, tmp_path / reason[:2], "evaluate", spoil, (1, 3))
-        assert [entry.global_accuracy for entry in record.rounds] == [entry.global_accuracy for entry in whole.rounds]
+    assert all(entry.unevaluated == {} for entry in whole.rounds)
+    found = {
+        "late": (lost, "no answer within 0.2 s"),
+        "boast": (changing(own=11), "more right than tested"),
+        "silent": (changing(own=None), "an answer is missing"),
+        "many": (changing(tested=99), "tested on 99 samples, wanted its "),
+    }
+    for name, (spoil, reason) in found.items():
+        record = run(sources, tmp_path / name, "evaluate", spoil, (1, 3), "partition.scheme=iid")
+        assert all(entry.global_accuracy is not None for entry in record.rounds)
         assert all(entry.personal_accuracy is not None for entry in record.rounds)
-        for device in (1, 3):
-            assert caplog.messages.count(f"device {device} is not evaluated: {reason}") == 2
+        for entry in record.rounds:
+            assert list(entry.unevaluated) == [1, 3]
+            assert all(one.startswith(reason) for one in entry.unevaluated.values())
 
 
 def test_local_layers_that_do_not_arrive_are_left_out_of_the_adapter_and_said(
@@ -148,17 +110,63 @@ def test_local_layers_that_do_not_arrive_are_left_out_of_the_adapter_and_said(
     assert record.end.refused == {0: "<class 'ValueError'>:<'two lines'>"}
 
 
+def test_a_device_that_trained_but_whose_answer_was_lost_is_in_the_adapter_and_one_that_did_not_is_no_loss(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The last upload asks everybody who was drawn: only the node knows whether it trained."""
+    asked: list[int] = []
+
+    def count(node: int, reply: Message) -> Message | None:
+        if reply.metadata.message_type == "query.last":
+            asked.append(node)
+        return None if (node, reply.metadata.message_type) == (101, "train") else reply
+
+    settings = config(sources, tmp_path, *QUICK, "train.rounds=1", "train.per_round=4")
+    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3), count)
+    record = serve(grid, settings, timeout=0.2)
+    assert list(record.rounds[0].refused) == [1]
+    assert record.end is not None
+    assert (sorted(asked), record.end.refused) == ([100, 101, 102, 103], {})
+    assert record.end.bytes_up - sum(entry.bytes_up for entry in (record.init, *record.rounds) if entry) > 0
+
+    del asked[:]
+    settings = config(sources, tmp_path / "unreached", *QUICK, "train.rounds=1", "train.per_round=4")
+    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3), count, lambda *asked: asked == (102, "train"))
+    record = serve(grid, settings, timeout=0.2)
+    assert record.end is not None
+    assert list(record.rounds[0].refused) == [1, 2]
+    assert (sorted(asked), record.end.refused) == ([100, 101, 102, 103], {})
+
+
+def test_what_a_refused_device_says_of_its_round_is_not_counted_but_what_it_sent_is(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = run(sources, tmp_path / "whole", "train", lambda reply: reply, (), "train.rounds=1").rounds[0]
+    spoil = carrying(lambda data: data[: len(data) // 2])
+    found = run(sources, tmp_path / "half", "train", spoil, (2,), "train.rounds=1").rounds[0]
+    assert whole.samples is not None
+    assert found.samples is not None
+    assert found.samples < whole.samples
+    assert found.bytes_up == whole.bytes_up - (whole.bytes_up // 4 - whole.bytes_up // 4 // 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "problem"),
     [
-        ("query.hello", failed, r"device \d \(node 102\): <class 'ValueError'>:<'two lines'>"),
-        ("query.hello", saying('{"partition": "2"}'), r"device \d \(node 102\): Hello.partition: "),
+        ("query.hello", failed, "3 nodes have answered, wanted .* = 4; node 102: <class 'ValueError'>:<'two lines'>"),
+        ("query.hello", saying('{"partition": "2"}'), "node 102: Hello.partition: "),
         ("query.hello", saying('{"partition": 1}'), r"partition-id of the nodes: \[0, 1, 1, 3\], wanted each of 0 … 3"),
-        ("query.hello", saying('{"partition": null, "train": 3}'), "some nodes have data of their own"),
+        (
+            "query.hello",
+            saying('{"partition": null, "train": 3, "test": 1, "classes": ["a"]}'),
+            "some nodes have data of their own",
+        ),
         ("query.sensitivity", lost, r"device 2 \(node 102\): no answer within 0.2 s"),
         ("query.sensitivity", saying('{"values": [1.0]}'), "device 2: 1 sensitivities, wanted 3, one a block"),
         ("query.sensitivity", saying('{"values": [1, 2, 3, 4]}'), "device 2: 4 sensitivities, wanted 3, one a block"),
         ("query.spectrum", saying("[]"), r"device 2 \(node 102\): Decided: "),
+        ("query.spectrum", decided(m=9, dim=8), "device 2: m = 9 of dim = 8, of 1602 values"),
+        ("query.spectrum", decided(m=9, dim=10**9), "device 2: m = 9 of dim = 1000000000, of 1602 values"),
         ("query.score", lost, r"device 2 \(node 102\): no answer within 0.2 s"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -170,49 +178,6 @@ def test_a_device_that_fails_before_round_1_ends_the_run_by_name(
     with pytest.raises(FleetError, match=problem):
         run(sources, tmp_path, kind, spoil, (2,), *every)
     assert (tmp_path / "test").exists() == (kind != "query.hello")
-
-
-def test_nodes_that_are_missing_or_have_nothing_are_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = config(sources, tmp_path)
-    with pytest.raises(FleetError, match=r"3 nodes after 0.2 s, wanted partition.devices = 4"):
-        serve(LocalGrid(flat(settings), parts(0, 1, 2)), settings, timeout=0.2)
-    with pytest.raises(FleetError, match=r"partition-id of the nodes: \[0, 1, 2, 3, 4\]"):
-        serve(LocalGrid(flat(settings), parts(0, 1, 2, 3, 4)), settings)
-    with pytest.raises(FleetError, match=r"node 10\d\): .*ConfigError.*partition-id = '0': wanted a number from 0"):
-        serve(LocalGrid(flat(settings), [{"partition-id": "0"}] * 4), settings)
-    (tmp_path / "one.csv").write_text("text,label\n" + "w1 w2,a\n" * 9)
-    own = [{"data.source": str(tmp_path / "one.csv")}] * 4
-    with pytest.raises(FleetError, match="the devices' data has 1 class in all, wanted at least two"):
-        serve(LocalGrid(flat(settings), own), settings)
-
-    def empty(node: int, reply: Message) -> Message:
-        return saying('{"partition": null, "train": 0, "test": 2, "classes": ["a", "b"]}')(reply) or reply
-
-    with pytest.raises(FleetError, match="node 100 has 0 samples to train and 2 to test on, wanted some"):
-        serve(LocalGrid(flat(settings), own, empty), settings)
-    assert not (tmp_path / "test").exists()
-
-
-def test_a_node_that_no_message_reaches_is_not_waited_for(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = config(sources, tmp_path)
-    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3), unreachable=101)
-    with pytest.raises(FleetError, match=r"\(node 101\): no message reached it"):
-        serve(grid, settings, timeout=1e6)
-
-
-def test_a_node_answers_for_its_own_partition_alone(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = config(sources, tmp_path)
-    grid = LocalGrid(flat(settings), parts(0, 1, 2, 3))
-    places = iter((1, 0, 2, 3))
-
-    def swap(node: int, reply: Message) -> Message:
-        if reply.metadata.message_type == "query.hello":
-            return saying(f'{{"partition": {next(places)}}}')(reply) or reply
-        return reply
-
-    grid.spoil = swap
-    with pytest.raises(FleetError, match=r"asked as device \d, wanted \d, this node's partition-id"):
-        serve(grid, settings)
 
 
 @pytest.mark.parametrize(
