@@ -20,7 +20,7 @@ PROBES = ["A Naïve  café,\tisn't it?", "ÉCOLE ⅷ ﬁn 12,345.67 <s> [SEP] </
 
 def digests(fed: Federation, data: bool) -> dict[str, str]:
     """{what: SHA-256}: the frozen weights, the tokenizer; with ``data``, the samples as tokens and who has which."""
-    found = {"base weights": _weights(fed.loaded.model), "tokenizer": _tokenizer(fed.loaded.tokenizer)}
+    found = {"base weights": weights(fed.loaded.model), "tokenizer": _tokenizer(fed.loaded.tokenizer)}
     if data:
         found["data"] = _data(fed)
     return found
@@ -35,8 +35,9 @@ def difference(wanted: dict[str, str], found: dict[str, str]) -> str:
     )
 
 
-def _weights(model: torch.nn.Module) -> str:
-    """Of what a checkpoint holds and training leaves alone. A fresh head is drawn on each machine, and travels."""
+def weights(model: torch.nn.Module) -> str:
+    """The digest of what a checkpoint holds and training leaves alone. A fresh head is drawn on each machine, and
+    travels."""
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def parts() -> Iterable[bytes | np.ndarray]:
@@ -50,7 +51,10 @@ def _weights(model: torch.nn.Module) -> str:
 
 def _tokenizer(tokenizer: Any) -> str:
     """Of what it does and not of how it is written down, which differs between versions of its library."""
-    described = {"vocabulary": tokenizer.get_vocab(), "probes": [tokenizer(probe)["input_ids"] for probe in PROBES]}
+    vocabulary = tokenizer.get_vocab()
+    known = " ".join(sorted(vocabulary)[:: max(1, len(vocabulary) // 200)])
+    probes = [tokenizer(probe)["input_ids"] for probe in (*PROBES, known, known.upper())]
+    described = {"vocabulary": vocabulary, "probes": probes}
     return _sha256([json.dumps(described, sort_keys=True).encode()])
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from fibecfed.batches import Encoded
 from fibecfed.federation import Federation, build
-from fibecfed.flower.alike import difference, digests
+from fibecfed.flower.alike import difference, digests, weights
 from fibecfed.flower.nodes import FleetError
 from fibecfed.record import RecordError
 from fibecfed.simulation import resume, run
@@ -24,25 +27,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ["gal.selection=first", "gal.spectrum=false", "train.rounds=1"]
 
 
-def copied(model: Path, folder: Path, *, bit: bool = False, swapped: bool = False) -> Path:
-    """The checkpoint elsewhere, with one bit of a weight changed, or with two words of the tokenizer swapped."""
+def copied(model: Path, folder: Path, change: str = "") -> Path:
+    """The checkpoint elsewhere, with one bit of a weight changed, two words of the tokenizer swapped, or one that takes
+    capitals for small letters."""
     shutil.copytree(model, folder)
-    if bit:
+    if change == "bit":
         weights = load_file(folder / "model.safetensors")
         name = next(name for name in weights if name.endswith("attention.self.key.weight"))
         weights[name].view(torch.int32)[0, 0] ^= 1
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    if swapped:
+    if change in ("swapped", "small"):
         described = json.loads((folder / "tokenizer.json").read_text())
         words = described["model"]["vocab"]
-        first, second = list(words)[-2:]
-        words[first], words[second] = words[second], words[first]
+        if change == "small":
+            described["normalizer"] = {"type": "Lowercase"}
+        else:
+            words["w1"], words["w2"] = words["w2"], words["w1"]
         (folder / "tokenizer.json").write_text(json.dumps(described))
     return folder
 
 
 @pytest.mark.parametrize("owns", [False, True], ids=["parts of the run's data", "data of their own"])
-@pytest.mark.parametrize(("change", "what"), [("bit", "base weights"), ("swapped", "tokenizer")])
+@pytest.mark.parametrize(
+    ("change", "what"), [("bit", "base weights"), ("swapped", "tokenizer"), ("small", "tokenizer")]
+)
 def test_a_node_with_another_model_is_refused_by_what_differs(
     change: str, what: str, owns: bool, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -50,7 +58,7 @@ def test_a_node_with_another_model_is_refused_by_what_differs(
     nodes = parts(0, 1, 2, 3)
     for node in nodes if owns else ():
         node["data.source"] = str(data)
-    nodes[2]["model.source"] = str(copied(model, tmp_path / "other", **{change: True}))
+    nodes[2]["model.source"] = str(copied(model, tmp_path / "other", change))
     with pytest.raises(
         FleetError, match=rf"device 2 \(node 102\): .*other {what} than the server's \(SHA-256 "
     ) as caught:
@@ -71,7 +79,7 @@ def test_a_node_whose_model_changes_after_round_1_is_left_out_by_what_differs(
 ) -> None:
     settings = config(sources, tmp_path / "run", *QUICK, "train.rounds=2", "train.per_round=4")
     nodes = parts(0, 1, 2, 3)
-    other = str(copied(sources[0], tmp_path / "other", bit=True))
+    other = str(copied(sources[0], tmp_path / "other", "bit"))
     grid = LocalGrid(flat(settings), nodes)
     unspoilt = grid.spoil
 
@@ -122,3 +130,39 @@ def test_digests_are_of_what_must_be_alike_and_of_nothing_else(sources: tuple[Pa
         assert {what for what in wanted if wanted[what] != other[what]} == {"data"}, override
     assert "data" not in digests(trained, data=False)
     assert difference({"data": "0" * 64}, {}) == "other data than the server's (SHA-256 none …, wanted 000000000000 …)"
+
+
+def test_weights_of_other_names_or_shapes_are_others_where_their_bytes_are_the_same() -> None:
+    def frozen(**sizes: tuple[int, int]) -> nn.ModuleDict:
+        """Linear modules without a value that differs."""
+        made = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        for parameter in made.parameters():
+            nn.init.zeros_(parameter.requires_grad_(False))
+        return made
+
+    found = [weights(frozen(**sizes)) for sizes in ({"a": (2, 3)}, {"a": (2, 3)}, {"a": (3, 2)}, {"b": (2, 3)})]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    assert weights(frozen(a=(2, 3)).bfloat16()) != weights(frozen(a=(1, 3)))
+
+
+def test_the_datas_digest_is_of_every_token_label_class_and_of_who_has_which(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fed = built(sources, tmp_path)
+    changed: list[Federation] = []
+    for side in ("train", "test"):
+        split: Encoded = getattr(fed, side)
+        for field in ("tokens", "types", "offsets", "labels"):
+            values = getattr(split, field).copy()
+            values[1] += 1
+            changed.append(replace(fed, **{side: replace(split, **{field: values})}))
+        changed.append(replace(fed, **{side: replace(split, types=None)}))
+        own = [replace(device) for device in fed.devices]
+        setattr(own[1], side, getattr(own[1], side)[::-1])
+        changed.append(replace(fed, devices=own))
+    changed.append(replace(fed, task=replace(fed.task, classes=fed.task.classes[::-1])))
+    changed.append(replace(fed, devices=[*fed.devices[:2], *fed.devices[:1:-1]]))
+    found = [digests(one, data=True) for one in (fed, *changed)]
+    assert len({one["data"] for one in found}) == len(found)
+    assert len({one["tokenizer"] + one["base weights"] for one in found}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def test_nodes_with_a_partition_are_in_its_order_and_those_with_data_of_their_ow
         "device 1 is node 102",
         "device 2 is node 100",
     ]
-    own = gather(LocalGrid({}, parts(2, 0, 1), saying_of([5, 6, 7])), 3, 1.0)
-    assert [(node, hello.train) for node, hello in own.items()] == [(100, 5), (101, 6), (102, 7)]
+    for pair in (False, True):
+        own = gather(LocalGrid({}, parts(2, 0, 1), saying_of([5, 6, 7], [pair] * 3)), 3, 1.0)
+        assert [(node, hello.train) for node, hello in own.items()] == [(100, 5), (101, 6), (102, 7)]
 
 
 def test_of_more_nodes_with_data_of_their_own_the_first_take_part_and_the_others_are_named(
@@ -60,6 +62,17 @@ def test_of_more_nodes_with_data_of_their_own_the_first_take_part_and_the_others
     assert list(found) == [100, 102, 103]
     assert "node 101 takes no part: 0 samples to train and 2 to test on, wanted some" in log.messages
     assert "node 104 takes no part: there are partition.devices = 3 before it" in log.messages
+
+
+def test_who_takes_part_does_not_depend_on_who_answers_first() -> None:
+    class Late(LocalGrid):
+        """Node 100's answer comes at the second look."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            asked = sorted(message_ids, key=int)
+            return super().pull_messages(asked if len(asked) == 1 and next(self._looks) > 1 else asked[1:])
+
+    assert list(gather(Late({}, parts(0, 1, 2), saying_of([5, 6, 7])), 2, 10.0)) == [100, 101]
 
 
 def test_a_node_that_is_silent_or_fails_is_left_out_where_there_are_enough_others(
@@ -93,8 +106,14 @@ def test_a_node_that_went_away_is_asked_again_when_it_is_back(log: pytest.LogCap
 
 
 def test_a_node_that_comes_later_is_waited_for_and_one_that_left_after_its_answer_counts() -> None:
-    grid = LocalGrid({}, parts(0, 1), listed=lambda look: [[], [100], [101]][min(look, 2)])
-    assert list(gather(grid, 2, 10.0)) == [100, 101]
+    looks: list[int] = []
+
+    def listed(look: int) -> list[int]:
+        looks.append(look)
+        return [[], [100], [101]][min(look, 2)]
+
+    assert list(gather(LocalGrid({}, parts(0, 1), listed=listed), 2, 10.0)) == [100, 101]
+    assert looks == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
