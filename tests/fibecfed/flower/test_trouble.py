@@ -92,6 +92,7 @@ def test_a_device_that_cannot_be_evaluated_is_left_out_and_said(sources: tuple[P
         "boast": (changing(own=11), "more right than tested"),
         "silent": (changing(own=None), "an answer is missing"),
         "many": (changing(tested=99), "tested on 99 samples, wanted its "),
+        "few": (changing(tested=1, own=1), "tested on 1 samples, wanted its "),
     }
     for name, (spoil, reason) in found.items():
         record = run(sources, tmp_path / name, "evaluate", spoil, (1, 3), "partition.scheme=iid")
@@ -108,6 +109,9 @@ def test_local_layers_that_do_not_arrive_are_left_out_of_the_adapter_and_said(
     record = run(sources, tmp_path, "query.last", failed, (0,))
     assert record.end is not None
     assert record.end.refused == {0: "<class 'ValueError'>:<'two lines'>"}
+    record = run(sources, tmp_path / "forgot", "query.last", changing(trained=False), (0,))
+    assert record.end is not None
+    assert record.end.refused == {0: "it has nothing left of the rounds that it trained in"}
 
 
 def test_a_device_that_trained_but_whose_answer_was_lost_is_in_the_adapter_and_one_that_did_not_is_no_loss(
