@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from fibecfed_kernels import LoraFisherDiag, backend, use_backend
 
-from .lora import HeadLinear, LoraPair, lora_pairs
+from .lora import HeadLinear, LoraPair, lora_pairs, watch_adapter_names
 from .sharing import Seen, SharedInputs
 
 Forward = Callable[[Tensor], Tensor]
@@ -63,6 +64,8 @@ class LoraBackward(ABC):
         self._heads: list[HeadLinear] = []
         self._counts: dict[LoraPair | HeadLinear, int] = {}
         self._patched: dict[nn.Linear, Forward] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._mixed: list[str] = []
         self._shared = SharedInputs(self._take)
 
     def __enter__(self) -> Self:
@@ -77,6 +80,8 @@ class LoraBackward(ABC):
         for linear, forward in self._patched.items():
             # an instance attribute, so that forward hooks, names and state_dict of the modules stay what they are
             linear.forward = forward  # type: ignore[assignment,method-assign]
+        self._mixed = []
+        self._hooks = watch_adapter_names(self.model, self._mixed)
         return self
 
     def __exit__(
@@ -84,6 +89,8 @@ class LoraBackward(ABC):
     ) -> None:
         for linear in self._patched:
             del linear.forward
+        for hook in self._hooks:
+            hook.remove()
         try:
             if kind is None:
                 samples = self._check_counts()
@@ -139,6 +146,8 @@ class LoraBackward(ABC):
 
     def _check_counts(self) -> int:
         """The number of samples, which all modules agree on."""
+        if self._mixed:
+            raise FisherCaptureError(f"{self._mixed[0]}: adapter_names, an adapter for each sample, is not supported")
         for kind, modules in (("LoRA", self._pairs), ("trainable linear", self._heads)):
             missing = [module.name for module in modules if module not in self._counts]
             if missing:

@@ -55,7 +55,8 @@ class capture_fisher(LoraBackward):
     Raises:
         UnsupportedModuleError: on entry, see :func:`fibecfed.lora.lora_pairs`.
         FisherCaptureError: a module was seen never, or twice (used twice in one forward, or two backward passes),
-            or with another number of samples than the others or than ``num_samples``; or inference mode is on.
+            or with another number of samples than the others or than ``num_samples``; the forward had
+            ``adapter_names``; or inference mode is on.
 
     Source: step 1 of FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131).
     """

@@ -3,14 +3,16 @@ does not understand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 
 class UnsupportedModuleError(ValueError):
@@ -48,6 +50,25 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             if other != pair.name:
                 raise UnsupportedModuleError(f"{pair.name}: shares a LoRA weight with {other}")
     return pairs
+
+
+def watch_adapter_names(model: nn.Module, found: list[str]) -> list[RemovableHandle]:
+    """Hooks that add a module's name to ``found`` where PEFT's ``adapter_names`` sends samples through different
+    adapters: a pair then sees some of the batch, and cannot tell which. PEFT adds the argument on the way to each
+    module, and leaves its own hooks behind where anything is raised there."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if kwargs.get("adapter_names") is not None:
+                found.append(name)
+
+        return watch
+
+    return [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -280,6 +280,18 @@ def test_another_number_of_samples_than_said_is_refused() -> None:
         model(**batch()).loss.backward()
 
 
+def test_an_adapter_for_each_sample_is_refused_and_leaves_nothing_behind() -> None:
+    model = tiny()
+    model.add_adapter("other", LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.set_adapter(["default", "other"])
+    names = ["default", "other"] * 2
+    with pytest.raises(FisherCaptureError, match="query: adapter_names, an adapter for"), capture_fisher(model.eval()):
+        model(**batch(4), adapter_names=names).loss.backward()
+    run(model)
+
+
 def test_inference_mode_is_refused() -> None:
     with torch.inference_mode(), pytest.raises(FisherCaptureError, match="inference mode is on"):
         run(tiny())
