@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .optim import MaskedAdamW, MaskedSGD
     from .privacy import DpStep, dp_step
     from .record import RunRecord
+    from .sample_axis import check_sample_axis
     from .scoring import SampleScores, score_samples
     from .simulation import resume, run
 
@@ -33,6 +34,7 @@ __all__ = [
     "SampleScores",
     "UnsupportedModuleError",
     "capture_fisher",
+    "check_sample_axis",
     "clip_sample_gradients",
     "dp_step",
     "resume",
@@ -49,6 +51,7 @@ _ROOMS = {
     "optim": ("MaskedAdamW", "MaskedSGD"),
     "privacy": ("DpStep", "dp_step"),
     "record": ("RunRecord",),
+    "sample_axis": ("check_sample_axis",),
     "scoring": ("SampleScores", "score_samples"),
     "simulation": ("resume", "run"),
 }

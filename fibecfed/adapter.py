@@ -72,7 +72,7 @@ class FlatAdapter:
         devices = {p.device for _, p in named}
         if len(devices) > 1:
             raise ValueError(f"model: trainable parameters on {sorted(map(str, devices))}, wanted one device")
-        layers = _layers_of([name for name, _ in named])
+        layers = layers_of([name for name, _ in named])
         named.sort(key=lambda item: (layers[item[0]] is None, layers[item[0]] or 0))  # stable: keeps the model's order
 
         self.model = model
@@ -214,7 +214,8 @@ def layer_of(name: str) -> int | None:
     return int(match["index"]) if match else None
 
 
-def _layers_of(names: list[str]) -> dict[str, int | None]:
+def layers_of(names: list[str]) -> dict[str, int | None]:
+    """:func:`layer_of` of each name. Raises ValueError where the blocks are those of several stacks."""
     stacks = {match["stack"] for name in names if (match := BLOCK.match(name))}
     if len(stacks) > 1:
         raise ValueError(

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
 from fibecfed_kernels import LoraFisherDiag, backend, use_backend
 
-from .lora import HeadLinear, LoraPair, lora_pairs, watch_adapter_names
+from .lora import HeadLinear, LoraPair, UnsupportedModuleError, lora_pairs
 from .sharing import Seen, SharedInputs
+from .watching import ForwardWatch
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -64,8 +64,7 @@ class LoraBackward(ABC):
         self._heads: list[HeadLinear] = []
         self._counts: dict[LoraPair | HeadLinear, int] = {}
         self._patched: dict[nn.Linear, Forward] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._mixed: list[str] = []
+        self._watch: ForwardWatch | None = None
         self._shared = SharedInputs(self._take)
 
     def __enter__(self) -> Self:
@@ -74,14 +73,13 @@ class LoraBackward(ABC):
         self._pairs = lora_pairs(self.model)
         self._heads = self._find_heads()
         self._patched = self._patches()
-        if any("forward" in linear.__dict__ for linear in self._patched):
-            raise FisherCaptureError(f"{self._what}: blocks cannot be nested")
+        self._check_patched()
         self._counts, self._shared = {}, SharedInputs(self._take)
         for linear, forward in self._patched.items():
+            forward.fibecfed = True  # type: ignore[attr-defined]
             # an instance attribute, so that forward hooks, names and state_dict of the modules stay what they are
             linear.forward = forward  # type: ignore[assignment,method-assign]
-        self._mixed = []
-        self._hooks = watch_adapter_names(self.model, self._mixed)
+        self._watch = ForwardWatch(self.model)
         return self
 
     def __exit__(
@@ -89,8 +87,8 @@ class LoraBackward(ABC):
     ) -> None:
         for linear in self._patched:
             del linear.forward
-        for hook in self._hooks:
-            hook.remove()
+        if self._watch is not None:
+            self._watch.remove()
         try:
             if kind is None:
                 samples = self._check_counts()
@@ -136,6 +134,16 @@ class LoraBackward(ABC):
     def _forward_b(self, pair: LoraPair, stash: dict[str, Tensor]) -> Forward:
         return lambda h: _LoraB.apply(h, pair.b.weight.detach(), stash)
 
+    def _check_patched(self) -> None:
+        for name, module in self.model.named_modules():
+            if module not in self._patched or "forward" not in module.__dict__:
+                continue
+            if hasattr(module.forward, "fibecfed"):
+                raise FisherCaptureError(f"{self._what}: blocks cannot be nested")
+            raise UnsupportedModuleError(
+                f"{name}: its forward was replaced (accelerate's hooks do that, and patches), wanted nn.Linear's own"
+            )
+
     def _count(self, module: LoraPair | HeadLinear, x: Tensor) -> None:
         if module in self._counts:
             raise FisherCaptureError(
@@ -146,8 +154,11 @@ class LoraBackward(ABC):
 
     def _check_counts(self) -> int:
         """The number of samples, which all modules agree on."""
-        if self._mixed:
-            raise FisherCaptureError(f"{self._mixed[0]}: adapter_names, an adapter for each sample, is not supported")
+        assert self._watch is not None
+        if self._watch.mixed:
+            raise FisherCaptureError(
+                f"{self._watch.mixed}: adapter_names, an adapter for each sample, is not supported"
+            )
         for kind, modules in (("LoRA", self._pairs), ("trainable linear", self._heads)):
             missing = [module.name for module in modules if module not in self._counts]
             if missing:
@@ -158,11 +169,17 @@ class LoraBackward(ABC):
         first, samples = next((module.name, count) for module, count in self._counts.items())
         for module, count in self._counts.items():
             if count != samples:
-                raise FisherCaptureError(f"{module.name}: saw {count} samples where {first} saw {samples}")
-        if self.num_samples is not None and samples != self.num_samples:
+                raise FisherCaptureError(
+                    f"{module.name}: saw {count} samples where {first} saw {samples}; one of them has not the samples "
+                    "on its input's first axis"
+                )
+        wanted, whose = self.num_samples, "num_samples"
+        if wanted is None and self.cu_seqlens is None:
+            wanted, whose = self._watch.samples, "the first axis of the model's input; num_samples says another number"
+        if wanted is not None and samples != wanted:
             raise FisherCaptureError(
-                f"{first}: saw {samples} samples, wanted {self.num_samples} (num_samples); a module's "
-                "input must have the samples on its first axis"
+                f"{first}: saw {samples} samples, wanted {wanted} ({whose}); a module's input must have the samples on "
+                "its first axis"
             )
         return samples
 
@@ -222,6 +239,8 @@ class _LoraA(torch.autograd.Function):
         taker, stash = ctx.taker, ctx.stash
         if "grad_y" not in stash:
             raise FisherCaptureError(f"{ctx.pair.name}: A's output did not go into B alone")
+        if x.dim() < 2:
+            raise FisherCaptureError(f"{ctx.pair.name}: its input is {tuple(x.shape)}, wanted the samples on an axis")
         h, grad_y = stash.pop("h"), stash.pop("grad_y")
         x_n, h_n, grad_h_n, grad_y_n = (as_batch(t.to(x.dtype), taker.cu_seqlens) for t in (x, h, grad_h, grad_y))
         taker._count(ctx.pair, x_n)

@@ -43,8 +43,9 @@ class capture_fisher(LoraBackward):
         loss_scale: any other factor on the loss, e.g. ``GradScaler.get_scale()``, or 1/k where gradients of k batches
             are accumulated; removed from scores and diagonal, not from .grad.
         cu_seqlens: int32 (N+1,) for packed batches, whose module inputs are (1, total, d) or (total, d).
-        num_samples: N, if it is to be checked: a model that flattens samples and tokens into one axis before a module
-            would give scores of tokens.
+        num_samples: N, which what the modules see is compared with: a model that flattens samples and tokens into one
+            axis before a module would give scores of tokens. None: the first axis of the model's input. Only the number
+            can be seen from here; :func:`fibecfed.check_sample_axis` looks at what is on the axis, too.
         weight_grad: False leaves ``.grad`` of the LoRA parameters untouched; modules that read the same input then
             share one launch.
 

@@ -3,16 +3,17 @@ does not understand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 
 
 class UnsupportedModuleError(ValueError):
@@ -34,8 +35,8 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """All active LoRA pairs of ``model`` in its own order.
 
     Raises UnsupportedModuleError naming the module for: a layer that is not a plain LoRA linear (embedding,
-    convolution, quantised), DoRA and other variants, merged, disabled or inactive adapters, a LoRA bias, a frozen A or
-    B, a weight shared by two modules. ValueError when there is no LoRA module at all.
+    convolution, quantised) or of another dtype, DoRA and other variants, merged, disabled or inactive adapters, a LoRA
+    bias, a frozen A or B, a weight shared by two modules. ValueError when there is no LoRA module at all.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, wanted a PEFT model (a torch.nn.Module with LoRA)")
@@ -50,25 +51,6 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             if other != pair.name:
                 raise UnsupportedModuleError(f"{pair.name}: shares a LoRA weight with {other}")
     return pairs
-
-
-def watch_adapter_names(model: nn.Module, found: list[str]) -> list[RemovableHandle]:
-    """Hooks that add a module's name to ``found`` where PEFT's ``adapter_names`` sends samples through different
-    adapters: a pair then sees some of the batch, and cannot tell which. PEFT adds the argument on the way to each
-    module, and leaves its own hooks behind where anything is raised there."""
-
-    def hook(name: str) -> Callable[..., None]:
-        def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if kwargs.get("adapter_names") is not None:
-                found.append(name)
-
-        return watch
-
-    return [
-        module.register_forward_hook(hook(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLinear)
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +132,8 @@ def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
         raise UnsupportedModuleError(f"{what} has a bias, whose Fisher information is not supported")
     if isinstance(linear.weight, DTensor):
         raise UnsupportedModuleError(f"{what} is sharded (a DTensor, as FSDP2 makes them), wanted a whole weight")
+    if linear.weight.dtype not in DTYPES:
+        raise UnsupportedModuleError(f"{what} is {linear.weight.dtype}, wanted {', '.join(map(str, DTYPES))}")
     if not linear.weight.requires_grad:
         raise UnsupportedModuleError(f"{what} is frozen, so its Fisher information would be missing")
     return linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,6 +13,9 @@ from .backward import FisherCaptureError
 from .clipping import accumulate, checked_number, clip_sample_gradients, clippable_heads
 from .lora import lora_pairs
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
+from .sample_axis import check_sample_axis, few_of
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose samples lie where they should
 
 
 class Accountant(Protocol):
@@ -67,8 +71,12 @@ def dp_step(
         accountant: its ``step(noise_multiplier=, sample_rate=)`` is called, just before the optimizer's; with
             ``sample_rate``.
 
-    Raises as :class:`clip_sample_gradients`, and ValueError or TypeError naming the argument; then no step was taken,
-    parameters and optimizer are what they were, and ``.grad`` is untouched or zero.
+    In a model's first step it is seen, on a few of the samples, that a sample's loss reaches its own place in every
+    module alone, see :func:`fibecfed.check_sample_axis`: what is mixed could not be clipped.
+
+    Raises as :class:`clip_sample_gradients` and :func:`fibecfed.check_sample_axis`, and ValueError or TypeError naming
+    the argument; then no step was taken, parameters and optimizer are what they were, and ``.grad`` is untouched or
+    zero.
 
     Source: Abadi et al., 2016 (arXiv 1607.00133), algorithm 1.
     """
@@ -87,7 +95,13 @@ def dp_step(
                 losses = own_losses(loss_of, model, part)
                 losses.sum().backward()
             if clipped.scores.shape != losses.shape:
-                raise ValueError(f"sample_loss: {losses.numel()} losses for {clipped.scores.numel()} samples")
+                raise ValueError(
+                    f"sample_loss: {losses.numel()} losses for {clipped.scores.numel()} samples on the first axis of "
+                    "the modules' inputs, wanted one each"
+                )
+            if model not in _CHECKED and len(losses) > 1:
+                check_sample_axis(model, few_of(part, len(losses)), loss_of)
+                _CHECKED.add(model)
             seen.append(DpStep(losses.detach().float(), clipped.scores, clipped.factors))
         _add_noise(parameters, std, divisor, generator)
         if accountant is not None and sample_rate is not None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import layer_of
+from .adapter import layers_of
 from .capture import capture_fisher
 from .lora import lora_pairs
 from .losses import TASKS, SampleLoss, Task, TaskName, own_losses, task_of
+from .sample_axis import check_sample_axis, eval_mode, few_of
 
 
 class SampleScores(NamedTuple):
@@ -26,10 +26,13 @@ class SampleScores(NamedTuple):
     module_scores: dict[str, Tensor]
 
     def layer_scores(self) -> dict[int | None, Tensor]:
-        """{transformer block: float32 (n,)}, each block's part of the scores; None: modules outside of all blocks."""
-        layers: dict[int | None, Tensor] = {}
+        """{transformer block: float32 (n,)}, each block's part of the scores; None: modules outside of all blocks.
+
+        Raises ValueError where a model has several stacks of blocks, whose numbers would fall together.
+        """
+        layer_of, layers = layers_of([f"{name}." for name in self.module_scores]), dict[int | None, Tensor]()
         for name, part in self.module_scores.items():
-            layer = layer_of(f"{name}.")
+            layer = layer_of[f"{name}."]
             layers[layer] = layers[layer] + part if layer in layers else part.clone()
         return layers
 
@@ -59,8 +62,12 @@ def score_samples(
             expectation over y, and its error falls with 1/√draws.
         generator: CPU generator for labels="model". on_batch: called with the number of samples after each batch.
 
-    Raises as :class:`capture_fisher`; ValueError, naming the argument, for an empty loader, losses of a wrong shape, an
-    unknown task, labels="model" with a loss of your own, or draws that do not fit.
+    On a few samples of the first batch it is seen that a sample's loss reaches its own place in every module alone, see
+    :func:`fibecfed.check_sample_axis`.
+
+    Raises as :class:`capture_fisher` and :func:`fibecfed.check_sample_axis`; ValueError, naming the argument, for an
+    empty loader, losses of a wrong shape, an unknown task, labels="model" with a loss of your own, or draws that do not
+    fit; at the end for scores that are not finite.
     """
     loss_of, draw = _task(sample_loss, labels, draws)
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
@@ -69,13 +76,19 @@ def score_samples(
     scores: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
     diagonal: dict[str, Tensor] = {}
-    with _eval_mode(model):
+    checked = False
+    with eval_mode(model):
         for given in loader:
+            if not isinstance(given, Mapping):
+                raise TypeError(f"loader: gave a batch that is a {type(given).__name__}, wanted a dict of tensors")
             found = []
             for _ in range(draws):
                 batch = given if draw is None else {**given, "labels": draw(model, given, generator)}
                 found.append(_scored(model, batch, loss_of, weights))
             scores.append(_mean([fisher.scores for fisher in found]))
+            if not checked and len(scores[-1]) > 1:
+                check_sample_axis(model, few_of(batch, len(scores[-1])), loss_of)
+                checked = True
             for name in found[0].module_scores:
                 parts.setdefault(name, []).append(_mean([fisher.module_scores[name] for fisher in found]))
             for name in found[0].diagonal:
@@ -86,6 +99,10 @@ def score_samples(
     if not scores:
         raise ValueError("loader: gave no batch")
     joined = torch.cat(scores)
+    if not bool(joined.isfinite().all()):
+        bad = joined.isfinite().logical_not().nonzero().flatten().tolist()
+        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise ValueError(f"loader: the score of sample {some} (in the loader's order) is not finite, wanted finite")
     by_module = {name: torch.cat(values) for name, values in parts.items()}
     return SampleScores(joined, torch.argsort(joined, stable=True), diagonal, by_module)
 
@@ -116,20 +133,12 @@ def _scored(
         # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
         torch.autograd.grad(losses.sum(), weights, allow_unused=True)
     if fisher.scores.shape != losses.shape:
-        raise ValueError(f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples")
+        raise ValueError(
+            f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples on the first axis of the LoRA "
+            "modules' inputs, wanted one each"
+        )
     return fisher
 
 
 def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean(0)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,0 +1,57 @@
+"""What a forward inside a capture tells: how many samples came, and whether they went through different adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # samples come first
+
+
+class ForwardWatch:
+    """Hooks on a model, from here to ``remove``.
+
+    Attributes: ``samples``: the first axis of what the model was called with, None where it was not called or with
+    nothing that tells. ``mixed``: the first module that PEFT's ``adapter_names`` had send samples through different
+    adapters (a pair then sees some of the batch, and cannot tell which), empty: none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.samples: int | None = None
+        self.mixed = ""
+        self._hooks = [model.register_forward_pre_hook(self._count, with_kwargs=True)]
+        # PEFT adds the argument on the way to each module, and leaves hooks of its own behind where anything is raised
+        # there: this only takes note
+        self._hooks += [
+            module.register_forward_hook(self._note(name), with_kwargs=True)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLinear)
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.samples = _first_axis(kwargs.get(name) for name in INPUTS)
+        if self.samples is None:
+            self.samples = _first_axis(args)
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if kwargs.get("adapter_names") is not None and not self.mixed:
+                self.mixed = name
+
+        return watch
+
+
+def _first_axis(values: Iterable[Any]) -> int | None:
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+        if isinstance(value, Mapping):
+            return _first_axis(value.get(name) for name in INPUTS)
+    return None

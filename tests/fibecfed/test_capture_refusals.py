@@ -1,0 +1,71 @@
+"""Models and inputs that are refused by what is the matter with them, and not by what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fibecfed import FisherCaptureError, UnsupportedModuleError, capture_fisher, score_samples
+from tests.fibecfed.test_sample_axis import loss, model_of, plain, samples
+from tests.fibecfed.tiny import batch, tiny
+
+
+def replaced(model: nn.Module) -> nn.Module:
+    """As accelerate's hooks do it."""
+    query = model.base_model.model.bert.encoder.layer[1].attention.self.query
+    linear = query.lora_B["default"]
+    linear.forward = partial(type(linear).forward, linear)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (replaced, r"layer\.1\.attention\.self\.query\.lora_B\.default: its forward was replaced \(accelerate"),
+        (
+            lambda model: model.double(),
+            r"query: lora_A of adapter 'default' is torch\.float64, wanted torch\.float32, ",
+        ),
+    ],
+    ids=["replaced", "float64"],
+)
+def test_a_model_is_refused_on_entry(change: Callable[[nn.Module], nn.Module], words: str) -> None:
+    model = change(tiny())
+    with pytest.raises(UnsupportedModuleError, match=words), capture_fisher(model):
+        raise AssertionError("not reached")
+
+
+def test_an_input_without_an_axis_for_samples_is_refused_by_its_module() -> None:
+    model = model_of(lambda net, x: net.b(net.a(x[0, 0])).expand(x.shape))
+    words = r"b: its input is \(8,\), wanted the samples on an axis"
+    with pytest.raises(FisherCaptureError, match=words), capture_fisher(model, "sum"):
+        loss(model, samples()).sum().backward()
+
+
+def test_batches_that_are_no_dicts_are_refused() -> None:
+    given = batch()
+    for bad in (list(given.values()), tuple(given.values()), None):
+        with pytest.raises(TypeError, match=rf"loader: gave a batch that is a {type(bad).__name__}, wanted a dict"):
+            score_samples(tiny(), [bad])  # type: ignore[list-item]
+
+
+def test_scores_that_are_not_finite_are_refused_by_their_samples() -> None:
+    given = samples(5)
+    given["x"][[1, 3]] = float("nan")
+    with pytest.raises(ValueError, match=r"the score of sample 5, 7 \(in the loader's order\) is not finite"):
+        score_samples(model_of(plain), [samples(4), given], sample_loss=loss)
+
+
+def test_blocks_of_two_stacks_are_not_added_up() -> None:
+    model = tiny()
+    found = score_samples(model, [batch()])
+    assert sorted(found.layer_scores()) == [0, 1, 2]
+    twice: dict[str, Tensor] = dict(found.module_scores)
+    twice |= {name.replace("encoder", "decoder"): part for name, part in found.module_scores.items()}
+    with pytest.raises(ValueError, match="trainable blocks in 2 stacks"):
+        found._replace(module_scores=twice).layer_scores()
+    assert torch.equal(found._replace(module_scores={"classifier": found.scores}).layer_scores()[None], found.scores)
