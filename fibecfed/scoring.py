@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import layers_of
-from .capture import capture_fisher
+from .capture import FisherCaptureError, capture_fisher
 from .lora import lora_pairs
 from .losses import TASKS, SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, eval_mode, few_of
@@ -65,14 +65,17 @@ def score_samples(
     On a few samples of the first batch it is seen that a sample's loss reaches its own place in every module alone, see
     :func:`fibecfed.check_sample_axis`.
 
-    Raises as :class:`capture_fisher` and :func:`fibecfed.check_sample_axis`; ValueError, naming the argument, for an
+    Raises as :class:`capture_fisher` and :func:`fibecfed.check_sample_axis`; FisherCaptureError for a loss that reads a
+    LoRA weight past its module; ValueError, naming the argument, for an
     empty loader, losses of a wrong shape, an unknown task, labels="model" with a loss of your own, or draws that do not
     fit; at the end for scores that are not finite.
     """
     loss_of, draw = _task(sample_loss, labels, draws)
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
         raise TypeError(f"loader: {type(loader).__name__}, wanted batches one by one: a list or a DataLoader")
-    weights = [w for pair in lora_pairs(model) for w in (pair.a.weight, pair.b.weight)]
+    weights: dict[str, Tensor] = {}
+    for pair in lora_pairs(model):
+        weights |= {pair.a_name: pair.a.weight, pair.b_name: pair.b.weight}
     scores: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
     diagonal: dict[str, Tensor] = {}
@@ -126,12 +129,18 @@ def _task(
 
 
 def _scored(
-    model: nn.Module, batch: Mapping[str, Tensor], loss_of: SampleLoss, weights: list[Tensor]
+    model: nn.Module, batch: Mapping[str, Tensor], loss_of: SampleLoss, weights: Mapping[str, Tensor]
 ) -> capture_fisher:
     with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
         losses = own_losses(loss_of, model, batch)
         # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
-        torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+        beside = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
+    for name, gradient in zip(weights, beside, strict=True):
+        if gradient is not None:  # the module's own goes to the kernel
+            raise FisherCaptureError(
+                f"{name}: has a gradient past its module (the loss reads the weight itself, or a function does), which "
+                "cannot be scored by sample"
+            )
     if fisher.scores.shape != losses.shape:
         raise ValueError(
             f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples on the first axis of the LoRA "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import pytest
@@ -69,3 +69,11 @@ def test_blocks_of_two_stacks_are_not_added_up() -> None:
     with pytest.raises(ValueError, match="trainable blocks in 2 stacks"):
         found._replace(module_scores=twice).layer_scores()
     assert torch.equal(found._replace(module_scores={"classifier": found.scores}).layer_scores()[None], found.scores)
+
+
+def test_a_loss_that_reads_a_weight_past_its_module_is_not_scored() -> None:
+    def decayed(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+        return loss(model, given) + model.get_parameter("base_model.model.b.lora_B.default.weight").square().sum()
+
+    with pytest.raises(FisherCaptureError, match=r"b\.lora_B\.default\.weight: has a gradient past its module"):
+        score_samples(model_of(plain), [samples()], sample_loss=decayed)

@@ -31,6 +31,7 @@ class Net(nn.Module):
     def __init__(self, way: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.a, self.b, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.norm = nn.BatchNorm1d(D)
         self.way = way
 
     def forward(self, x: Tensor) -> SimpleNamespace:
@@ -61,6 +62,18 @@ def experts(net: nn.Module, x: Tensor) -> Tensor:
     """Half of the tokens goes to another expert; both see tokens on their first axis."""
     first, second = x.flatten(0, 1).chunk(2)
     return torch.cat([net.a(first), net.b(second)]).view_as(x)
+
+
+def some(net: nn.Module, x: Tensor) -> Tensor:
+    """Every other sample passes by."""
+    out = x.clone()
+    out[::2] = net.b(net.a(x[::2]))
+    return out
+
+
+def normed(net: nn.Module, x: Tensor) -> Tensor:
+    """By the batch's mean in train mode, by what was learnt in eval mode."""
+    return net.b(net.norm(net.a(x).transpose(1, 2)).transpose(1, 2))
 
 
 def model_of(way: Callable[[nn.Module, Tensor], Tensor]) -> PeftModel:
@@ -119,6 +132,14 @@ def test_a_model_that_keeps_its_samples_apart_passes_untouched() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
 
 
+def test_it_is_looked_at_in_eval_mode_and_modules_that_see_too_few_are_named() -> None:
+    model = model_of(normed).train()
+    check_sample_axis(model, samples(), loss)
+    assert int(model.base_model.model.norm.num_batches_tracked) == 0
+    with pytest.raises(FisherCaptureError, match=r"[ab]: saw 2 samples where there are 4 losses"):
+        check_sample_axis(model_of(some), samples(), loss)
+
+
 def test_the_samples_looked_at_are_three_the_other_way_round_or_all() -> None:
     given = samples(7, 2)
     assert torch.equal(few_of(given, 7)["x"], given["x"][[6, 3, 0]])
@@ -150,11 +171,6 @@ def test_the_axis_is_looked_at_once_a_data_set_and_once_a_model_in_steps(monkeyp
 
 def test_modules_that_see_some_of_the_samples_are_refused_by_the_models_own_input() -> None:
     """With a mean over four the scores of two would also be a quarter of what they are."""
-
-    def some(net: nn.Module, x: Tensor) -> Tensor:
-        out = x.clone()
-        out[::2] = net.b(net.a(x[::2]))
-        return out
 
     model, given = model_of(some), samples()
     words = r"[ab]: saw 2 samples, wanted 4 \(the first axis of the model's input; num_samples says another number\)"
