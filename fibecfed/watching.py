@@ -36,9 +36,9 @@ class ForwardWatch:
             hook.remove()
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.samples = _first_axis(kwargs.get(name) for name in INPUTS)
+        self.samples = first_axis(kwargs.get(name) for name in INPUTS)
         if self.samples is None:
-            self.samples = _first_axis(args)
+            self.samples = first_axis(args)
 
     def _note(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -48,10 +48,11 @@ class ForwardWatch:
         return watch
 
 
-def _first_axis(values: Iterable[Any]) -> int | None:
+def first_axis(values: Iterable[Any]) -> int | None:
+    """Of the first tensor that has one, or of the first dict's inputs."""
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
         if isinstance(value, Mapping):
-            return _first_axis(value.get(name) for name in INPUTS)
+            return first_axis(value.get(name) for name in INPUTS)
     return None

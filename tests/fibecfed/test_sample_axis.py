@@ -20,6 +20,7 @@ from fibecfed import (
     score_samples,
 )
 from fibecfed.sample_axis import few_of
+from fibecfed.watching import first_axis
 from tests.fibecfed.tiny import batch, tiny
 
 D, CLASSES = 8, 2
@@ -31,7 +32,8 @@ class Net(nn.Module):
     def __init__(self, way: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
         self.a, self.b, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, CLASSES)
-        self.norm = nn.BatchNorm1d(D)
+        if way is normed:
+            self.norm = nn.BatchNorm1d(D)
         self.way = way
 
     def forward(self, x: Tensor) -> SimpleNamespace:
@@ -212,6 +214,11 @@ def test_the_number_of_samples_is_read_from_what_the_model_is_called_with(call: 
     kwargs = {} if args else pairs
     with pytest.raises(FisherCaptureError, match=r"saw 4 samples, wanted 2 \(the first axis"), capture_fisher(whole):
         F.cross_entropy(whole(*args, **kwargs), labels).backward()
+
+
+def test_a_number_has_no_axis_for_samples() -> None:
+    assert first_axis([None, torch.tensor(1.0), torch.zeros(3, 2)]) == 3
+    assert first_axis([torch.tensor(1.0), "text"]) is None
 
 
 def test_nothing_is_left_on_the_model_after_a_block() -> None:
