@@ -66,9 +66,9 @@ def score_samples(
     :func:`fibecfed.check_sample_axis`.
 
     Raises as :class:`capture_fisher` and :func:`fibecfed.check_sample_axis`; FisherCaptureError for a loss that reads a
-    LoRA weight past its module; ValueError, naming the argument, for an
-    empty loader, losses of a wrong shape, an unknown task, labels="model" with a loss of your own, or draws that do not
-    fit; at the end for scores that are not finite.
+    LoRA weight past its module; ValueError, naming the argument, for an empty loader, losses of a wrong shape, an
+    unknown task, labels="model" with a loss of your own, or draws that do not fit; at the end for scores that are not
+    finite.
     """
     loss_of, draw = _task(sample_loss, labels, draws)
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
