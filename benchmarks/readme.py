@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fibecfed.phases import RoundRecord
 from fibecfed.record import RunRecord, read_record
+from fibecfed.report import differences
 
 from .results import RESULTS, SHAPES, read
 from .tables import by_rank, summary, table
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "benchmarks" / "results" / "demo"
 SEEDS = ROOT / "benchmarks" / "results" / "seeds"
 FEDAVG = ROOT / "benchmarks" / "results" / "fedavg"  # the same seeds without the method
+PARTS = ROOT / "benchmarks" / "results" / "parts"  # the same seeds, one setting changed in each folder
 BENCHMARKS = {  # name of the place: benchmark, mode, with memory
     "fisher": ("fisher", "cold", False),
     "packed": ("fisher: packed", "cold", False),
@@ -104,6 +106,37 @@ def seeds_table(runs: Mapping[str, Sequence[RunRecord]]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(whole: Sequence[RunRecord], changed: Iterable[Sequence[RunRecord]]) -> str:
+    """The last round of runs with one seed each, and of those with the same seeds and one setting changed: accuracies
+    of every seed, what moved, and how many samples were trained on, on average."""
+    seeds = [record.config.seed for record in whole]
+    lines = [
+        f"| setting | global accuracy, seeds {', '.join(map(str, seeds))} | mean | personal accuracy | mean "
+        "| MB moved | samples seen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for records in (whole, *changed):
+        settings = {
+            f"`{key}={str(other).lower()}`"
+            for base, record in zip(whole, records, strict=True)
+            for key, (_, other) in differences([base.config, record.config]).items()
+        }
+        ends = [record.end for record in records if record.end is not None]
+        if [record.config.seed for record in records] != seeds or len(ends) < len(seeds):
+            raise ValueError(f"{records[0].path}: not whole runs of seeds {seeds}")
+        cells = [", ".join(sorted(settings)) or "the demo's"]
+        for shares in ([end.global_accuracy for end in ends], [end.personal_accuracy for end in ends]):
+            cells += [" ".join(f"{100 * (share or 0):.1f}" for share in shares), _percent(_mean(shares))]
+        cells.append(f"{_mean([end.bytes_up + end.bytes_down for end in ends]) / 1e6:.1f}")
+        cells.append(f"{_mean([sum(entry.samples or 0 for entry in record.rounds) for record in records]):,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return sum(value or 0 for value in values) / len(values)
+
+
 def _row(entry: RoundRecord, moved: int) -> str:
     cells = [
         str(entry.round),
@@ -128,6 +161,7 @@ def tables() -> dict[str, dict[str, str]]:
         name: [read_record(folder) for folder in sorted(runs.iterdir())]
         for name, runs in (("FibecFed", SEEDS), ("FedAvg", FEDAVG))
     }
+    parts = [[read_record(run) for run in sorted(folder.iterdir())] for folder in sorted(PARTS.iterdir())]
     rows = read(RESULTS)
     return {
         "README.md": {
@@ -138,6 +172,7 @@ def tables() -> dict[str, dict[str, str]]:
         "benchmarks/README.md": {
             name: table(rows, benchmark, mode, memory) for name, (benchmark, mode, memory) in BENCHMARKS.items()
         }
+        | {"parts": parts_table(seeds["FibecFed"], parts)}
         | {"memory": summary(rows, FROM_MEMORY), "shapes": by_rank(read(SHAPES), "fisher", "bmm + square")},
     }
 

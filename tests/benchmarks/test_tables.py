@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import plot, results
+from benchmarks.readme import parts_table
 from benchmarks.results import Row, latest, of_mode, quantile, read
 from benchmarks.tables import by_rank, summary, table
+from fibecfed.record import RunRecord
+from tests.fibecfed.handmade import run_record
 
 
 def row(provider: str = "fibecfed", ms: float | None = 2.0, **changes: Any) -> Row:
@@ -52,6 +56,20 @@ def test_a_table_has_ours_its_share_of_the_limit_and_the_others_over_ours() -> N
     assert with_memory.splitlines()[5] == "| N=8 | memory at the peak | 2.0 MB |  | 1.500 |"
     with pytest.raises(ValueError, match="no cold rows"):
         table(rows, "wire: pack")
+
+
+def test_parts_are_named_by_the_setting_that_differs_beside_the_runs_of_the_same_seeds() -> None:
+    def runs(accuracy: float, *overrides: str) -> list[RunRecord]:
+        return [run_record((accuracy + seed / 100,), f"seed={seed}", *overrides) for seed in (1, 2)]
+
+    whole, changed = runs(0.7), runs(0.5, "curriculum.stratified=false", "gal.selection=all")
+    head, _, first, second = parts_table(whole, [changed]).splitlines()
+    assert "seeds 1, 2 " in head
+    assert first == "| the demo's | 71.0 72.0 | 71.5 % | 76.0 77.0 | 76.5 % | 18.5 | 40 |"
+    assert second.startswith("| `curriculum.stratified=false`, `gal.selection=all` | 51.0 52.0 | 51.5 % |")
+    for bad in (changed[::-1], [changed[0], replace(changed[1], end=None)]):
+        with pytest.raises(ValueError, match=r"not whole runs of seeds \[1, 2\]"):
+            parts_table(whole, [bad])
 
 
 def test_many_shapes_are_a_column_a_rank() -> None:
