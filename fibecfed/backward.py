@@ -26,8 +26,19 @@ from .watching import ForwardWatch
 Forward = Callable[[Tensor], Tensor]
 
 
+SMALLEST_SCALE = 1e-9  # of a loss; the squares of what smaller ones leave of a gradient fall out of float32's range
+
+
 class FisherCaptureError(RuntimeError):
     """What was seen during the backward is not what was expected; the message names the module."""
+
+
+def past_its_module(name: str, what: str) -> FisherCaptureError:
+    """The refusal of a weight that also has a gradient from elsewhere, so that the parameter cannot be ``what``."""
+    return FisherCaptureError(
+        f"{name}: has a gradient past its module (the loss reads the weight itself, or a function does), which cannot "
+        f"be {what} by sample"
+    )
 
 
 class LoraBackward(ABC):
@@ -49,8 +60,9 @@ class LoraBackward(ABC):
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: {reduction!r}, wanted 'mean' or 'sum'")
-        if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float)) or not 0.0 < loss_scale < math.inf:
-            raise ValueError(f"loss_scale: {loss_scale!r}, wanted a number with 0 < loss_scale < ∞")
+        number = isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool)
+        if not number or not SMALLEST_SCALE <= loss_scale < math.inf:
+            raise ValueError(f"loss_scale: {loss_scale!r}, wanted a number with {SMALLEST_SCALE} ≤ loss_scale < ∞")
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,)")
         if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int)):
@@ -76,10 +88,9 @@ class LoraBackward(ABC):
         self._check_patched()
         self._counts, self._shared = {}, SharedInputs(self._take)
         for linear, forward in self._patched.items():
-            forward.fibecfed = True  # type: ignore[attr-defined]
             # an instance attribute, so that forward hooks, names and state_dict of the modules stay what they are
-            linear.forward = forward  # type: ignore[assignment,method-assign]
-        self._watch = ForwardWatch(self.model)
+            linear.forward = _Patch(forward)  # type: ignore[assignment,method-assign]
+        self._watch = ForwardWatch(self.model, self._pairs)
         return self
 
     def __exit__(
@@ -135,11 +146,12 @@ class LoraBackward(ABC):
         return lambda h: _LoraB.apply(h, pair.b.weight.detach(), stash)
 
     def _check_patched(self) -> None:
-        for name, module in self.model.named_modules():
-            if module not in self._patched or "forward" not in module.__dict__:
+        for linear in self._patched:
+            if (forward := linear.__dict__.get("forward")) is None:
                 continue
-            if hasattr(module.forward, "fibecfed"):
+            if isinstance(forward, _Patch):
                 raise FisherCaptureError(f"{self._what}: blocks cannot be nested")
+            name = next(name for name, module in self.model.named_modules() if module is linear)
             raise UnsupportedModuleError(
                 f"{name}: its forward was replaced (accelerate's hooks do that, and patches), wanted nn.Linear's own"
             )
@@ -182,6 +194,20 @@ class LoraBackward(ABC):
                 "its first axis"
             )
         return samples
+
+
+class _Patch:
+    """The forward of a module inside a block."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def __deepcopy__(self, memo: Any) -> _Patch:
+        # the copy would keep it, and go on computing with the original's weights
+        raise FisherCaptureError("copied inside a block (copy.deepcopy): copy the model before or after it")
 
 
 def as_batch(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ class capture_fisher(LoraBackward):
             anything else (tokens, samples that are not ignored, outputs of a regression) is a sum with a factor:
             reduction="sum", loss_scale=1/(number of them). What the loss is cannot be seen from here.
         loss_scale: any other factor on the loss, e.g. ``GradScaler.get_scale()``, or 1/k where gradients of k batches
-            are accumulated; removed from scores and diagonal, not from .grad.
+            are accumulated; removed from scores and diagonal, not from .grad. At least 1e-9: below, squares are lost.
         cu_seqlens: int32 (N+1,) for packed batches, whose module inputs are (1, total, d) or (total, d).
         num_samples: N, which what the modules see is compared with: a model that flattens samples and tokens into one
             axis before a module would give scores of tokens. None: the first axis of the model's input. Only the number

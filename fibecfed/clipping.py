@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fibecfed_kernels import LoraFisherDiag, clipped_grad, fisher_diag, use_backend
 
-from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of
+from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of, past_its_module
 from .lora import HeadLinear, LoraPair, UnsupportedModuleError, trainable_linears
 from .sharing import Seen
 
@@ -213,10 +213,7 @@ def clippable_heads(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinear]
 def _refuse(name: str) -> Any:
     def hook(grad: Tensor | None) -> None:
         if grad is not None:
-            raise FisherCaptureError(
-                f"{name}: has a gradient past its module (the loss reads the weight itself, or a function does), which "
-                "cannot be clipped by sample"
-            )
+            raise past_its_module(name, "clipped")
 
     return hook
 

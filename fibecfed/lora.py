@@ -22,9 +22,10 @@ class UnsupportedModuleError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapter of one LoRA linear: y = B(A x), with ``a`` (r, d_in) and ``b`` (d_out, r) as plain nn.Linear."""
+    """One adapter of the LoRA linear ``layer``: y = B(A x), ``a`` (r, d_in) and ``b`` (d_out, r) plain nn.Linear."""
 
     name: str
+    layer: LoraLinear
     a: nn.Linear
     b: nn.Linear
     a_name: str
@@ -117,7 +118,7 @@ def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
             _plain_linear(linear, f"{name}: {label} of adapter {adapter!r}")
             for label, linear in (("lora_A", module.lora_A[adapter]), ("lora_B", module.lora_B[adapter]))
         )
-        yield LoraPair(name, a, b, f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
+        yield LoraPair(name, module, a, b, f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
 
 
 def _trainable(module: LoraLayer, adapter: str) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import layers_of
-from .capture import FisherCaptureError, capture_fisher
+from .backward import past_its_module
+from .capture import capture_fisher
 from .lora import lora_pairs
 from .losses import TASKS, SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, eval_mode, few_of
@@ -137,10 +138,7 @@ def _scored(
         beside = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
     for name, gradient in zip(weights, beside, strict=True):
         if gradient is not None:  # the module's own goes to the kernel
-            raise FisherCaptureError(
-                f"{name}: has a gradient past its module (the loss reads the weight itself, or a function does), which "
-                "cannot be scored by sample"
-            )
+            raise past_its_module(name, "scored")
     if fisher.scores.shape != losses.shape:
         raise ValueError(
             f"sample_loss: {losses.numel()} losses for {fisher.scores.numel()} samples on the first axis of the LoRA "

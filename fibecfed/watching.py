@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+
+from .lora import LoraPair
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # samples come first
 
 
 class ForwardWatch:
-    """Hooks on a model, from here to ``remove``.
+    """Hooks on a model and its LoRA modules, from here to ``remove``.
 
     Attributes: ``samples``: the first axis of what the model was called with, None where it was not called or with
     nothing that tells. ``mixed``: the first module that PEFT's ``adapter_names`` had send samples through different
     adapters (a pair then sees some of the batch, and cannot tell which), empty: none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pairs: list[LoraPair]) -> None:
         self.samples: int | None = None
         self.mixed = ""
         self._hooks = [model.register_forward_pre_hook(self._count, with_kwargs=True)]
         # PEFT adds the argument on the way to each module, and leaves hooks of its own behind where anything is raised
         # there: this only takes note
+        layers = {pair.name: pair.layer for pair in pairs}
         self._hooks += [
-            module.register_forward_hook(self._note(name), with_kwargs=True)
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLinear)
+            layer.register_forward_hook(self._note(name), with_kwargs=True) for name, layer in layers.items()
         ]
 
     def remove(self) -> None:

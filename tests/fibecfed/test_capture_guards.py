@@ -258,7 +258,7 @@ def test_results_before_the_end_of_the_block_are_refused() -> None:
 
 BAD = [
     {"reduction": "none"},
-    {"loss_scale": 0.0},
+    {"loss_scale": 1e-10},
     {"loss_scale": float("inf")},
     {"loss_scale": "2"},
     {"cu_seqlens": [0]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -77,3 +78,12 @@ def test_a_loss_that_reads_a_weight_past_its_module_is_not_scored() -> None:
 
     with pytest.raises(FisherCaptureError, match=r"b\.lora_B\.default\.weight: has a gradient past its module"):
         score_samples(model_of(plain), [samples()], sample_loss=decayed)
+
+
+def test_a_copy_made_inside_a_block_is_refused_and_leaves_nothing_behind() -> None:
+    model = tiny()
+    with pytest.raises(FisherCaptureError, match="copied inside a block"), capture_fisher(model):
+        copy.deepcopy(model)
+    with capture_fisher(copy.deepcopy(model)) as fisher:
+        fisher.model(**batch()).loss.backward()
+    assert fisher.scores.min() > 0
