@@ -9,6 +9,7 @@ from ..config import ConfigError, RunConfig, load_config
 TIMEOUT = "timeout"  # seconds that the server waits for nodes and for their answers
 DEFAULT_TIMEOUT = 3600.0
 OF_THE_NODE = {"device", "model.source"}  # settings that a node's own configuration may change, beside those of data
+FOR_THE_SERVER = {"name", "out"}  # settings that mean nothing on a node: what it has under these names is its own
 
 Settings = Mapping[str, bool | int | float | str]
 
@@ -17,10 +18,18 @@ def run_config(values: Settings, node: Settings | None = None) -> RunConfig:
     """The run that ``run_config`` of a Flower context asks for; ``node``: with a node's own data, place of the model
     and device.
 
-    What Flower has no type for is written as text: ``model.targets = '["q_proj"]'``. Raises ConfigError.
+    What Flower has no type for is written as text: ``model.targets = '["q_proj"]'``. Raises ConfigError, also for a
+    setting among the node's that is the whole run's; what is no setting is somebody else's.
     """
     given = {key: value for key, value in values.items() if key != TIMEOUT}
-    given |= {key: value for key, value in (node or {}).items() if key.startswith("data.") or key in OF_THE_NODE}
+    for key, value in (node or {}).items():
+        if key.startswith("data.") or key in OF_THE_NODE:
+            given[key] = value
+        elif key.partition(".")[0] in RunConfig.model_fields.keys() - FOR_THE_SERVER:
+            raise ConfigError(
+                f"node config {key}={_text(value)}: a setting of the whole run, wanted in the app's configuration; "
+                f"a node's own are data.* and {', '.join(sorted(OF_THE_NODE))}"
+            )
     return load_config(None, [f"{key}={_text(value)}" for key, value in given.items()], option="run config")
 
 
