@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fibecfed_kernels import Entry, row_layout
 
+from .gradients import GradientViews
+
 BLOCK = re.compile(r"^(?P<stack>.*?\.(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
 # of a configuration, what does not say which model it is; a model sets some of it itself when it is first used
 VOLATILE_CONFIG = (
@@ -30,8 +32,7 @@ ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_
 
 
 class BrokenViewsError(RuntimeError):
-    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters or gradients
-    replaced."""
+    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters replaced."""
 
 
 class RowTable(NamedTuple):
@@ -50,7 +51,8 @@ class FlatAdapter:
 
     Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's
     order inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype
-    become float32 (their modules' inputs are cast), as PEFT does for LoRA weights.
+    become float32 (their modules' inputs are cast), as PEFT does for LoRA weights. Gradients come into the buffer
+    whatever a training loop does: see :class:`fibecfed.gradients.GradientViews`.
 
     Attributes:
         data: float32 nn.Parameter (numel,), the values; ``data.grad`` is ``grad``. grad: float32 (numel,).
@@ -58,9 +60,9 @@ class FlatAdapter:
         num_rows: number of rows (neurons). layout: int64 (lines, 4) for the update ops.
 
     Raises TypeError for what is no model; ValueError when nothing is trainable, parameters are spread over devices, or
-    two stacks of blocks (an encoder and a decoder) would share indices. Anything that breaks the views later
-    (``.to()``, ``.half()``, re-assigned parameters, ``model.zero_grad()``) raises :class:`BrokenViewsError` at the next
-    use; see :meth:`check`.
+    two stacks of blocks (an encoder and a decoder) would share indices. Anything that breaks the views of the values
+    later (``.to()``, ``.half()``, re-assigned parameters) raises :class:`BrokenViewsError` at the next use; see
+    :meth:`check`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,10 +94,9 @@ class FlatAdapter:
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.dtype != torch.float32:
                 _cast_inputs(model, entry.name)
-            span = slice(entry.offset, entry.offset + entry.numel)
             parameter.grad = None
-            parameter.data = buffer[span].view(entry.shape)
-            parameter.grad = self.grad[span].view(entry.shape)
+            parameter.data = buffer[entry.offset : entry.offset + entry.numel].view(entry.shape)
+        self._gradients = GradientViews(self.entries, self._parameters, self.grad)
         self.layout = row_layout(self.entries, buffer.device)
         self._values = _slices([(e.layer, e.numel) for e in entries])
         self._rows = _slices([(e.layer, e.rows) for e in entries])
@@ -154,18 +155,44 @@ class FlatAdapter:
         )
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, keeping the views (``model.zero_grad()`` would drop them)."""
-        self.check(gradients=False)
-        for entry, parameter in zip(self.entries, self._parameters, strict=True):
-            if parameter.grad is None:
-                parameter.grad = self.grad[entry.offset : entry.offset + entry.numel].view(entry.shape)
-        self.data.grad = self.grad
+        """Set all gradients to zero, as views of ``grad``."""
         self.check()
+        self._gradients.attach()
+        self.data.grad = self.grad
         self.grad.zero_()
+
+    def collect_gradients(self, scaled: bool = False) -> Tensor | None:
+        """Bring the parameters' gradients into ``grad``, also those that were assigned (``p.grad = …``).
+
+        Returns bool (num_rows,): the rows of parameters that have a gradient and are not frozen, as torch's optimizers
+        step no others; None: all rows.
+
+        Raises BrokenViewsError when every parameter is frozen (another adapter was set, say), and, ``scaled``, when one
+        was assigned: a GradScaler has looked at the gradients in ``grad`` before.
+        """
+        self.check()
+        self.data.grad = self.grad
+        brought, still = self._gradients.collect()
+        if brought and scaled:
+            raise BrokenViewsError(
+                f"{self.entries[brought[0]].name}: its gradient was assigned, so that the GradScaler did not see it; "
+                "copy it into the one that is there (p.grad.copy_)"
+            )
+        if not still:
+            return None
+        if not any(parameter.requires_grad for parameter in self._parameters):
+            raise BrokenViewsError(
+                f"{self.entries[0].name} and all other parameters of the FlatAdapter are frozen: another adapter was "
+                "set, or the model frozen; make a new FlatAdapter of what is trained now"
+            )
+        rows = torch.ones(self.num_rows, dtype=torch.bool)
+        for i in still:
+            rows[self._rows_of[i]] = False
+        return rows.to(self.data.device)
 
     def copy_(self, values: Tensor) -> FlatAdapter:
         """Overwrite all trainable values with ``values`` (numel,)."""
-        self.check(gradients=False)
+        self.check()
         if not isinstance(values, Tensor):
             raise TypeError(f"values: {type(values).__name__}, wanted a torch.Tensor ({self.numel},)")
         if values.shape != self.data.shape:
@@ -174,19 +201,14 @@ class FlatAdapter:
             self.data.copy_(values)
         return self
 
-    def check(self, gradients: bool = True) -> None:
-        """Raise :class:`BrokenViewsError`, naming the parameter, unless values (and gradients) still are views."""
-        data, grad = self.data.data_ptr(), self.grad.data_ptr()
+    def check(self) -> None:
+        """Raise :class:`BrokenViewsError`, naming the parameter, unless the model's parameters still are views."""
+        data = self.data.data_ptr()
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.data_ptr() != data + 4 * entry.offset or parameter.dtype != torch.float32:
                 raise BrokenViewsError(
                     f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was "
                     "moved, cast or its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
-                )
-            if gradients and (parameter.grad is None or parameter.grad.data_ptr() != grad + 4 * entry.offset):
-                raise BrokenViewsError(
-                    f"{entry.name}: its gradient left the flat buffer; use flat.zero_grad() or the optimizer's "
-                    "zero_grad() in place of model.zero_grad()"
                 )
         missing = self._replaced()
         if missing:
@@ -200,6 +222,12 @@ class FlatAdapter:
             if owner._parameters.get(attribute) is not parameter:
                 return entry.name
         return None
+
+    @cached_property
+    def _rows_of(self) -> list[slice]:
+        """The rows of each parameter."""
+        ends = torch.tensor([entry.rows for entry in self.entries]).cumsum(0).tolist()
+        return [slice(end - entry.rows, end) for entry, end in zip(self.entries, ends, strict=True)]
 
     @cached_property
     def _owners(self) -> list[tuple[nn.Module, str]]:

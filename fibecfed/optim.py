@@ -93,23 +93,27 @@ class _Masked(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on the active rows; the gradients stay as they are.
+        """One step on the active rows; the gradients stay as they are. As with torch's optimizers, parameters without
+        a gradient (``.grad`` is None) or frozen ones stand still.
 
         Called by a ``torch.amp.GradScaler`` it takes the gradients over the scale, in the same pass, and where one of
         the buffer's gradients overflowed, that of an inactive row too, nothing changes, step counts included.
 
-        Raises BrokenViewsError when the model's parameters left the buffer, and RuntimeError, naming the parameter and
-        its rows, when there is a ``max_grad_norm`` and the norm is not finite; nothing is changed then.
+        Raises BrokenViewsError when the model's parameters left the buffer or all are frozen, and RuntimeError, naming
+        the parameter and its rows, when there is a ``max_grad_norm`` and the norm is not finite; nothing is changed
+        then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.flat.check()
         group = self.param_groups[0]
         self._check_options(group)
         mask, clips = group["mask"], group["max_grad_norm"] is not None
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        moving = self.flat.collect_gradients(scaled=found_inf is not None)
+        if moving is not None:
+            mask = mask & moving
         if found_inf is not None:
             if clips and found_inf.item():  # clipping waits for the device in any case
                 return loss

@@ -136,7 +136,7 @@ class LocalStore:
         self._put(self.initial)
 
     def _put(self, values: Tensor) -> None:
-        self._flat.check(gradients=False)
+        self._flat.check()
         start = 0
         with torch.no_grad():
             for s in self._slices:

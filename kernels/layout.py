@@ -43,7 +43,7 @@ class Entry:
 class FlatBuffers(Protocol):
     """What the wire needs of a flat adapter: the buffer, its entries, and what identifies model and adapter.
 
-    Where there is a method ``check(gradients=False)``, as :class:`fibecfed.FlatAdapter` has it, it is called before
+    Where there is a method ``check()``, as :class:`fibecfed.FlatAdapter` has it, it is called before
     values are read or written: it raises when the model no longer uses the buffer.
     """
 

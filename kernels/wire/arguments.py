@@ -29,7 +29,7 @@ def checked_flat(flat: FlatBuffers) -> tuple[Tensor, Sequence[Entry], Mapping[st
         raise TypeError(f"flat: {what}, wanted a FlatAdapter (data, entries and identity)") from None
     check = getattr(flat, "check", None)
     if check is not None:
-        check(gradients=False)
+        check()
     if not isinstance(data, Tensor):
         raise TypeError(f"flat.data: {type(data).__name__}, wanted a torch.Tensor")
     return data, entries, identity

@@ -123,13 +123,9 @@ def test_zero_grad_keeps_the_views() -> None:
     assert flat.grad.abs().max() > 0
 
 
-def test_zero_grad_refuses_what_left_the_buffer() -> None:
+def test_zero_grad_refuses_values_that_left_the_buffer() -> None:
     model = tiny()
     flat = FlatAdapter(model)
-    drop_gradients(model)
-    with pytest.raises(BrokenViewsError, match="gradient left the flat buffer"):
-        flat.zero_grad()
-    model.zero_grad()
     model.double()
     with pytest.raises(BrokenViewsError, match="left the flat buffer"):
         flat.zero_grad()
@@ -138,11 +134,6 @@ def test_zero_grad_refuses_what_left_the_buffer() -> None:
 def replace(model: nn.Module) -> None:
     query = model.base_model.model.bert.encoder.layer[1].attention.self.query
     query.lora_A["default"].weight = nn.Parameter(torch.zeros(4, 32))
-
-
-def drop_gradients(model: nn.Module) -> None:
-    model.zero_grad()
-    model(**batch()).loss.backward()
 
 
 def reinterpret(model: nn.Module) -> None:
@@ -156,11 +147,9 @@ def reinterpret(model: nn.Module) -> None:
         (lambda m: m.double(), "left the flat buffer"),
         (lambda m: m.to(torch.bfloat16), "left the flat buffer"),
         (replace, r"layer\.1\.attention\.self\.query.*replaced"),
-        (drop_gradients, "gradient left the flat buffer"),
-        (lambda m: m.zero_grad(), "gradient left the flat buffer"),
         (reinterpret, r"classifier.*bias \(torch.bfloat16 on cpu\) left the flat buffer"),
     ],
-    ids=["double", "bf16", "replaced", "zero_grad-and-backward", "zero_grad", "reinterpreted"],
+    ids=["double", "bf16", "replaced", "reinterpreted"],
 )
 def test_broken_views_are_refused_by_name(breaks: Callable[[nn.Module], object], match: str) -> None:
     model = tiny()

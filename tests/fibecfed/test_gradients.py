@@ -1,0 +1,208 @@
+"""Gradients come into the flat buffer whatever a training loop does: dropped, assigned, accumulated, scaled, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+
+from fibecfed import BrokenViewsError, FlatAdapter, MaskedAdamW, MaskedSGD, capture_fisher
+from tests.fibecfed.tiny import batch, tiny
+
+LR, DECAY = 1e-2, 0.1
+Loop = Callable[[nn.Module, torch.optim.Optimizer], None]
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    model(**batch(seed=seed)).loss.backward()
+
+
+def dropped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(3):
+        model.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+
+
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(4):
+        backward(model, seed)
+        if seed % 2:
+            optimizer.step()
+            model.zero_grad()
+
+
+def assigned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(3):
+        optimizer.zero_grad()
+        backward(model, seed)
+        for p in trained(model).values():
+            p.grad = 0.5 * p.grad
+        optimizer.step()
+
+
+def clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(3):
+        model.zero_grad()
+        backward(model, seed)
+        nn.utils.clip_grad_norm_(trained(model).values(), 0.01)
+        optimizer.step()
+
+
+def one_without(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Moments are there when a parameter has no gradient for a step."""
+    for seed in range(3):
+        model.zero_grad()
+        backward(model, seed)
+        if seed == 1:
+            list(trained(model).values())[2].grad = None
+        optimizer.step()
+
+
+def one_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    one = list(trained(model).values())[2]
+    for seed in range(3):
+        one.requires_grad_(seed != 1)
+        model.zero_grad()
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("loop", [dropped, accumulated, assigned, clipped, one_without, one_frozen])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_loop_trains_as_with_torchs_optimizer(loop: Loop, kind: str) -> None:
+    ours, theirs = tiny(), tiny()
+    if kind == "adamw":
+        masked: torch.optim.Optimizer = MaskedAdamW(FlatAdapter(ours), lr=LR, weight_decay=DECAY)
+        wanted: torch.optim.Optimizer = torch.optim.AdamW(trained(theirs).values(), lr=LR, weight_decay=DECAY)
+    else:
+        masked = MaskedSGD(FlatAdapter(ours), lr=LR, momentum=0.9, weight_decay=DECAY)
+        wanted = torch.optim.SGD(trained(theirs).values(), lr=LR, momentum=0.9, weight_decay=DECAY)
+    loop(ours, masked)
+    loop(theirs, wanted)
+    for p, q in zip(trained(ours).values(), trained(theirs).values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_in_the_buffer_when_a_backward_pass_ends_with_and_without_a_capture() -> None:
+    model = tiny()
+    flat = FlatAdapter(model)
+    backward(model, 0)
+    wanted = flat.grad.clone()
+    for captures in (False, True):
+        model.zero_grad()
+        flat.grad.fill_(float("nan"))
+        if captures:
+            with capture_fisher(model):
+                backward(model, 0)
+        else:
+            backward(model, 0)
+        torch.testing.assert_close(flat.grad, wanted)
+        assert all(p.grad.untyped_storage().data_ptr() == flat.grad.data_ptr() for p in trained(model).values())
+
+
+def test_what_is_left_in_the_buffer_of_a_parameter_without_a_gradient_is_dropped() -> None:
+    model = tiny()
+    optimizer = MaskedAdamW(FlatAdapter(model), max_grad_norm=1.0)
+    backward(model, 0)
+    model.zero_grad()
+    optimizer.flat.grad.fill_(float("inf"))
+    optimizer.step()  # nothing has a gradient, so nothing is clipped, nor moved
+    assert optimizer.flat.grad.abs().max() == 0
+    assert optimizer.state_dict()["state"][0]["step"].max() == 0
+
+
+def test_of_two_flat_adapters_the_later_one_has_the_gradients() -> None:
+    model = tiny()
+    first = FlatAdapter(model)
+    second = FlatAdapter(model)
+    model.zero_grad()
+    backward(model, 0)
+    assert first.grad.abs().max() == 0
+    assert second.grad.abs().max() > 0
+
+
+def test_a_gradient_with_a_graph_keeps_it() -> None:
+    model = tiny(attention="eager")
+    flat = FlatAdapter(model)
+    model.zero_grad()
+    model(**batch()).loss.backward(create_graph=True)
+    gradients = [p.grad for p in trained(model).values()]
+    assert all(g is not None and g.grad_fn is not None for g in gradients)
+    assert flat.collect_gradients() is None
+    torch.testing.assert_close(torch.cat([g.flatten() for _, p in flat.named_views() for g in (p.grad,)]), flat.grad)
+
+
+def scaled(model: nn.Module, optimizer: MaskedAdamW, zero: Callable[[], None]) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(4):
+        zero()
+        loss = model(**batch(seed=seed)).loss * (float("inf") if seed == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return scaler
+
+
+def test_a_grad_scaler_sees_gradients_that_were_dropped_before() -> None:
+    models = tiny(), tiny()
+    kept, dropping = (MaskedAdamW(FlatAdapter(model)) for model in models)
+    scales = scaled(models[0], kept, kept.zero_grad), scaled(models[1], dropping, models[1].zero_grad)
+    assert scales[0].get_scale() == scales[1].get_scale() == 512.0
+    assert torch.equal(kept.flat.data, dropping.flat.data)
+    assert kept.state_dict()["state"][0]["step"].unique().tolist() == [3]
+
+
+def test_a_gradient_that_a_grad_scaler_did_not_see_is_refused() -> None:
+    model = tiny()
+    optimizer, scaler = MaskedAdamW(FlatAdapter(model)), torch.amp.GradScaler("cpu")
+    before = optimizer.flat.data.detach().clone()
+    scaler.scale(model(**batch()).loss).backward()
+    name, p = next(iter(trained(model).items()))
+    p.grad = p.grad.clone()
+    with pytest.raises(BrokenViewsError, match=f"{name}: its gradient was assigned.*GradScaler"):
+        scaler.step(optimizer)
+    assert torch.equal(optimizer.flat.data, before)
+
+
+def test_a_flat_adapter_whose_parameters_are_all_frozen_is_refused() -> None:
+    model = tiny(task_type=None)
+    optimizer = MaskedAdamW(FlatAdapter(model))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["query", "value"]))
+    model.set_adapter("other")
+    backward(model, 0)
+    with pytest.raises(BrokenViewsError, match=r"lora_A\.default\.weight and all other.*another adapter was set"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulating"])
+def test_transformers_trainer_trains_as_with_torchs_adamw(tmp_path: Path, options: dict[str, int]) -> None:
+    whole = batch(samples=12)
+    data = [{name: values[n] for name, values in whole.items()} for n in range(12)]
+    found = []
+    for ours in (True, False):
+        model = tiny()
+        if ours:
+            optimizer: torch.optim.Optimizer = MaskedAdamW(FlatAdapter(model), lr=LR, weight_decay=DECAY)
+        else:
+            optimizer = torch.optim.AdamW(trained(model).values(), lr=LR, weight_decay=DECAY)
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2, max_grad_norm=0.05, use_cpu=True,
+            save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no", **options,
+        )  # fmt: skip
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule)).train()  # type: ignore[arg-type]
+        found.append(trained(model))
+    for p, q in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
