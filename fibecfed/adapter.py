@@ -171,7 +171,6 @@ class FlatAdapter:
         was assigned: a GradScaler has looked at the gradients in ``grad`` before.
         """
         self.check()
-        self.data.grad = self.grad
         brought, still = self._gradients.collect()
         if brought and scaled:
             raise BrokenViewsError(

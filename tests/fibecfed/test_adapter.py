@@ -118,6 +118,10 @@ def test_zero_grad_keeps_the_views() -> None:
     flat.data.grad = None
     flat.zero_grad()  # takes them back
     assert flat.data.grad is flat.grad
+    parameter = flat.named_views()[1][1]
+    parameter.grad = torch.ones_like(parameter)
+    flat.zero_grad()
+    assert all(p.grad.untyped_storage().data_ptr() == flat.grad.data_ptr() for _, p in flat.named_views())
     model(**batch()).loss.backward()
     flat.check()
     assert flat.grad.abs().max() > 0
