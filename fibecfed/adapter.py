@@ -96,6 +96,7 @@ class FlatAdapter:
                 _cast_inputs(model, entry.name)
             parameter.grad = None
             parameter.data = buffer[entry.offset : entry.offset + entry.numel].view(entry.shape)
+        self._tree = self._branches()
         self._gradients = GradientViews(self.entries, self._parameters, self.grad)
         self.layout = row_layout(self.entries, buffer.device)
         self._values = _slices([(e.layer, e.numel) for e in entries])
@@ -209,18 +210,11 @@ class FlatAdapter:
                     f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was "
                     "moved, cast or its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
                 )
-        missing = self._replaced()
-        if missing:
-            raise BrokenViewsError(
-                f"{missing} was replaced in the model after FlatAdapter(model); make a new FlatAdapter"
-            )
-
-    def _replaced(self) -> str | None:
-        """The name of a parameter object that is no longer the model's own, if any."""
-        for (owner, attribute), entry, parameter in zip(self._owners, self.entries, self._parameters, strict=True):
-            if owner._parameters.get(attribute) is not parameter:
-                return entry.name
-        return None
+        for children, name, child, path in self._tree:
+            if children.get(name) is not child:
+                raise BrokenViewsError(
+                    f"{path} was replaced in the model, or deleted, after FlatAdapter(model); make a new FlatAdapter"
+                )
 
     @cached_property
     def _rows_of(self) -> list[slice]:
@@ -228,10 +222,19 @@ class FlatAdapter:
         ends = torch.tensor([entry.rows for entry in self.entries]).cumsum(0).tolist()
         return [slice(end - entry.rows, end) for entry, end in zip(self.entries, ends, strict=True)]
 
-    @cached_property
-    def _owners(self) -> list[tuple[nn.Module, str]]:
-        split = [entry.name.rpartition(".") for entry in self.entries]
-        return [(self.model.get_submodule(path), attribute) for path, _, attribute in split]
+    def _branches(self) -> list[tuple[Mapping[str, object], str, object, str]]:
+        """The parameters and, once each, the modules on the way to them: where each one hangs, its name there, itself,
+        and its path."""
+        branches: dict[str, tuple[Mapping[str, object], str, object, str]] = {}
+        for entry, parameter in zip(self.entries, self._parameters, strict=True):
+            module, *path = self.model, *entry.name.split(".")
+            for i, name in enumerate(path[:-1], 1):
+                child = module._modules[name]
+                assert child is not None
+                branches.setdefault(".".join(path[:i]), (module._modules, name, child, ".".join(path[:i])))
+                module = child
+            branches[entry.name] = (module._parameters, path[-1], parameter, entry.name)
+        return list(branches.values())
 
 
 def layer_of(name: str) -> int | None:

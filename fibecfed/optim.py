@@ -38,7 +38,16 @@ class _Masked(torch.optim.Optimizer):
         self._lr_scales: dict[float, Tensor | None] = {1.0: None}
         self._check_options(defaults)
         rows = torch.ones(flat.num_rows, dtype=torch.bool, device=flat.data.device) if mask is None else mask
-        super().__init__([flat.data], {**defaults, "mask": self._checked(rows)})
+        options = {**defaults, "mask": self._checked(rows)}
+        self._options = frozenset(options)  # self.defaults gets more when torch loads a state
+        super().__init__([flat.data], options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would step a buffer that no model uses."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it belongs to its FlatAdapter; keep its state_dict(), "
+            "and make another one on the FlatAdapter of the copied model"
+        )
 
     def _checked(self, mask: Tensor) -> Tensor:
         if not isinstance(mask, Tensor):
@@ -76,7 +85,7 @@ class _Masked(torch.optim.Optimizer):
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(f"state_dict: wanted what {type(self).__name__}.state_dict() gives")
         groups = [{**LATER_OPTIONS, **group} for group in state_dict["param_groups"]]
-        if len(groups) != 1 or not self.defaults.keys() <= groups[0].keys():
+        if len(groups) != 1 or not self._options <= groups[0].keys():
             raise ValueError(f"state_dict: of another optimizer, wanted one of {type(self).__name__}")
         for state in state_dict["state"].values():
             names = {*self._moments(groups[0]), "step"}

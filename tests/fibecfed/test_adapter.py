@@ -140,6 +140,14 @@ def replace(model: nn.Module) -> None:
     query.lora_A["default"].weight = nn.Parameter(torch.zeros(4, 32))
 
 
+def new_head(model: nn.Module) -> None:
+    model.base_model.model.classifier = nn.Linear(32, 4)
+
+
+def delete_adapter(model: nn.Module) -> None:
+    model.delete_adapter("default")
+
+
 def reinterpret(model: nn.Module) -> None:
     head = model.base_model.model.classifier.modules_to_save["default"].bias
     head.data = head.data.view(torch.bfloat16)
@@ -151,9 +159,11 @@ def reinterpret(model: nn.Module) -> None:
         (lambda m: m.double(), "left the flat buffer"),
         (lambda m: m.to(torch.bfloat16), "left the flat buffer"),
         (replace, r"layer\.1\.attention\.self\.query.*replaced"),
+        (new_head, r"base_model\.model\.classifier was replaced"),
+        (delete_adapter, r"layer\.0\.attention\.self\.query\.lora_A\.default was replaced in the model, or deleted"),
         (reinterpret, r"classifier.*bias \(torch.bfloat16 on cpu\) left the flat buffer"),
     ],
-    ids=["double", "bf16", "replaced", "reinterpreted"],
+    ids=["double", "bf16", "replaced", "new head", "deleted", "reinterpreted"],
 )
 def test_broken_views_are_refused_by_name(breaks: Callable[[nn.Module], object], match: str) -> None:
     model = tiny()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
 
 from fibecfed import BrokenViewsError, FlatAdapter, MaskedAdamW, MaskedSGD, capture_fisher
 from tests.fibecfed.tiny import batch, tiny
@@ -184,25 +181,3 @@ def test_a_flat_adapter_whose_parameters_are_all_frozen_is_refused() -> None:
     backward(model, 0)
     with pytest.raises(BrokenViewsError, match=r"lora_A\.default\.weight and all other.*another adapter was set"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulating"])
-def test_transformers_trainer_trains_as_with_torchs_adamw(tmp_path: Path, options: dict[str, int]) -> None:
-    whole = batch(samples=12)
-    data = [{name: values[n] for name, values in whole.items()} for n in range(12)]
-    found = []
-    for ours in (True, False):
-        model = tiny()
-        if ours:
-            optimizer: torch.optim.Optimizer = MaskedAdamW(FlatAdapter(model), lr=LR, weight_decay=DECAY)
-        else:
-            optimizer = torch.optim.AdamW(trained(model).values(), lr=LR, weight_decay=DECAY)
-        arguments = TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2, max_grad_norm=0.05, use_cpu=True,
-            save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no", **options,
-        )  # fmt: skip
-        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule)).train()  # type: ignore[arg-type]
-        found.append(trained(model))
-    for p, q in zip(found[0].values(), found[1].values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -237,5 +239,12 @@ def test_a_state_of_another_optimizer_is_refused_and_changes_nothing() -> None:
             adamw.load_state_dict(bad)  # type: ignore[arg-type]
     assert adamw.mask.shape == (flat.num_rows,)
     assert adamw.state[flat.data]["step"].max() == 1
-    adamw.load_state_dict(adamw.state_dict())
+    for _ in range(2):  # torch adds to its defaults when it loads
+        adamw.load_state_dict(adamw.state_dict())
     train(model, adamw, 1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="MaskedSGD cannot be copied or pickled: it belongs to its FlatAdapter"):
+        copied(MaskedSGD(FlatAdapter(tiny())))
