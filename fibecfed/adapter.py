@@ -175,8 +175,8 @@ class FlatAdapter:
         brought, still = self._gradients.collect()
         if brought and scaled:
             raise BrokenViewsError(
-                f"{self.entries[brought[0]].name}: its gradient was assigned, so that the GradScaler did not see it; "
-                "copy it into the one that is there (p.grad.copy_)"
+                f"{self.entries[brought[0]].name}: its gradient was assigned (DistributedDataParallel's "
+                "gradient_as_bucket_view does so), and the GradScaler did not see it; wanted p.grad.copy_(…)"
             )
         if not still:
             return None
