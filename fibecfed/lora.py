@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+# PEFT's modules that compute y = W x + B(A x) with A and B plain nn.Linear, whatever W is. By name: the module of those
+# of bitsandbytes (QLoRA, LLM.int8) imports it.
+LAYERS = frozenset(
+    {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 
 
@@ -22,10 +26,10 @@ class UnsupportedModuleError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """One adapter of the LoRA linear ``layer``: y = B(A x), ``a`` (r, d_in) and ``b`` (d_out, r) plain nn.Linear."""
+    """One adapter of the LoRA module ``layer``: y = B(A x), ``a`` (r, d_in) and ``b`` (d_out, r) plain nn.Linear."""
 
     name: str
-    layer: LoraLinear
+    layer: nn.Module
     a: nn.Linear
     b: nn.Linear
     a_name: str
@@ -35,8 +39,8 @@ class LoraPair:
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """All active LoRA pairs of ``model`` in its own order.
 
-    Raises UnsupportedModuleError naming the module for: a layer that is not a plain LoRA linear (embedding,
-    convolution, quantised) or of another dtype, DoRA and other variants, merged, disabled or inactive adapters, a LoRA
+    Raises UnsupportedModuleError naming the module for: a layer that is not one of ``LAYERS`` (embedding, convolution,
+    other quantised ones) or of another dtype, DoRA and other variants, merged, disabled or inactive adapters, a LoRA
     bias, a frozen A or B, a weight shared by two modules. ValueError when there is no LoRA module at all.
     """
     if not isinstance(model, nn.Module):
@@ -101,8 +105,9 @@ def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
     def refuse(why: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(f"{name}: {why}")
 
-    if type(module) is not LoraLinear:
-        raise refuse(f"{type(module).__module__}.{type(module).__name__} is not supported, only LoRA on nn.Linear is")
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind not in LAYERS or not isinstance(module, nn.Module):  # a LoraLayer is a mixin
+        raise refuse(f"{kind} is not supported, only LoRA on nn.Linear and bitsandbytes' Linear4bit, Linear8bitLt")
     if module.merged:
         raise refuse("its adapter is merged into the base weight; call model.unmerge_adapter() first")
     if module.disable_adapters:
