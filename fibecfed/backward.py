@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fibecfed_kernels import LoraFisherDiag, backend, use_backend
+from fibecfed_kernels import backend, use_backend
 
 from .lora import HeadLinear, LoraPair, UnsupportedModuleError, lora_pairs
-from .sharing import Seen, SharedInputs
+from .sharing import Found, Seen, SharedInputs
 from .watching import ForwardWatch
 
 Forward = Callable[[Tensor], Tensor]
@@ -48,6 +48,8 @@ class LoraBackward(ABC):
     pair (``_take``) and makes its results at the end (``_finish``); one that wants the pairs' gradients in the backward
     itself, or other modules than LoRA's, overrides ``_pair_backward``, or ``_find_heads`` and ``_patches``.
     """
+
+    _allow_frozen = True  # what is not trained has no gradient that could be missing
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class LoraBackward(ABC):
     def __enter__(self) -> Self:
         if torch.is_inference_mode_enabled():
             raise FisherCaptureError(f"{self._what}: inference mode is on, in which nothing has a gradient")
-        self._pairs = lora_pairs(self.model)
+        self._pairs = lora_pairs(self.model, self._allow_frozen)
         self._heads = self._find_heads()
         self._patched = self._patches()
         self._check_patched()
@@ -110,7 +112,7 @@ class LoraBackward(ABC):
             self._shared = SharedInputs(self._take)  # lets go of what an error left open
 
     @abstractmethod
-    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+    def _take(self, seen: Seen, found: Found) -> None:
         """What the kernel found of a pair; called for each pair before ``_finish``."""
 
     @abstractmethod

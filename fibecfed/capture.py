@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fibecfed_kernels import LoraFisherDiag, lora_fisher_diag
-
 from .backward import FisherCaptureError, LoraBackward
 from .lora import LoraPair
-from .sharing import Seen
+from .sharing import Found, Seen, fisher_of
 
 __all__ = ["FisherCaptureError", "capture_fisher"]
 
@@ -46,6 +44,8 @@ class capture_fisher(LoraBackward):
         num_samples: N, which what the modules see is compared with: a model that flattens samples and tokens into one
             axis before a module would give scores of tokens. None: the first axis of the model's input. Only the number
             can be seen from here; :func:`fibecfed.check_sample_axis` looks at what is on the axis, too.
+        allow_frozen: of a pair A or B may be frozen (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313, trains B alone):
+            scores and diagonal are then those of what is trained. False: refused, so that none is missing by mistake.
         weight_grad: False leaves ``.grad`` of the LoRA parameters untouched; modules that read the same input then
             share one launch.
 
@@ -71,10 +71,12 @@ class capture_fisher(LoraBackward):
         cu_seqlens: Tensor | None = None,
         weight_grad: bool = True,
         num_samples: int | None = None,
+        allow_frozen: bool = False,
     ) -> None:
         super().__init__(model, reduction, loss_scale=loss_scale, cu_seqlens=cu_seqlens, num_samples=num_samples)
         self.weight_grad = weight_grad
-        self._found: dict[LoraPair, LoraFisherDiag] = {}
+        self._allow_frozen = allow_frozen
+        self._found: dict[LoraPair, Found] = {}
         self._scores: Tensor | None = None
         self._module_scores: dict[str, Tensor] = {}
         self._diagonal: dict[str, Tensor] | None = None
@@ -106,17 +108,19 @@ class capture_fisher(LoraBackward):
     def _pair_backward(self, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
         if not self.weight_grad:
             return super()._pair_backward(seen)
-        found = lora_fisher_diag(*seen[1:], self.cu_seqlens, weight_grad=True)
+        found = fisher_of(seen, self.cu_seqlens, weight_grad=True)
         self._take(seen, found)
-        return found.a.weight_grad, found.b.weight_grad
+        grad_a, grad_b = (None if part is None else part.weight_grad for part in found)
+        return grad_a, grad_b
 
-    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+    def _take(self, seen: Seen, found: Found) -> None:
         self._found[seen.pair] = found
 
     def _finish(self, scale: float) -> None:
         factor = scale**2  # of squares
         found = [self._found[pair] for pair in self._pairs]
-        parts = torch.stack([part.scores for f in found for part in f]) * factor
+        none = next(torch.zeros_like(part.scores) for part in found[0] if part is not None)  # of what is frozen
+        parts = torch.stack([none if part is None else part.scores for f in found for part in f]) * factor
         self._scores = parts.sum(0)
         self._module_scores = {}
         for pair, part in zip(self._pairs, parts.view(len(found), 2, -1).sum(1), strict=True):
@@ -124,6 +128,7 @@ class capture_fisher(LoraBackward):
             self._module_scores[pair.name] = part if known is None else known + part
         self._diagonal = {}
         for pair, f in zip(self._pairs, found, strict=True):
-            self._diagonal[pair.a_name] = f.a.diag.mul_(factor)
-            self._diagonal[pair.b_name] = f.b.diag.mul_(factor)
+            for name, part in ((pair.a_name, f.a), (pair.b_name, f.b)):
+                if part is not None:
+                    self._diagonal[name] = part.diag.mul_(factor)
         self._found = {}

@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fibecfed_kernels import LoraFisherDiag, clipped_grad, fisher_diag, use_backend
+from fibecfed_kernels import clipped_grad, fisher_diag, use_backend
 
 from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of, past_its_module
 from .lora import HeadLinear, LoraPair, UnsupportedModuleError, trainable_linears
-from .sharing import Seen
+from .sharing import Found, Seen
 
 SMALLEST_NORM = 1e-14  # of what a backward brings: the squares of a thousandth of it are still float32 numbers
 
@@ -126,10 +126,13 @@ class clip_sample_gradients(LoraBackward):
     def _forward_head(self, head: HeadLinear) -> Forward:
         return lambda x: _Head.apply(x, head.linear.weight, head.linear.bias, self, head)
 
-    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
-        a, b = seen.pair.a.weight, seen.pair.b.weight
-        self._kept.append(_Kept(a, None, seen.x, seen.grad_h, self.cu_seqlens, found.a.scores))
-        self._kept.append(_Kept(b, None, seen.h, seen.grad_y, self.cu_seqlens, found.b.scores))
+    def _take(self, seen: Seen, found: Found) -> None:
+        for linear, x, grad_y, part in (
+            (seen.pair.a, seen.x, seen.grad_h, found.a),
+            (seen.pair.b, seen.h, seen.grad_y, found.b),
+        ):
+            if part is not None:
+                self._kept.append(_Kept(linear.weight, None, x, grad_y, self.cu_seqlens, part.scores))
 
     def _head_backward(self, head: HeadLinear, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None) -> None:
         """Takes a trainable linear's tensors; in a packed batch they may be packed too, or one row a sample."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,20 +35,30 @@ class LoraPair:
     a_name: str
     b_name: str
 
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """{name: weight} of A and B, or of the one that is not frozen."""
+        both = {self.a_name: self.a.weight, self.b_name: self.b.weight}
+        return {name: weight for name, weight in both.items() if weight.requires_grad}
 
-def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """All active LoRA pairs of ``model`` in its own order.
+
+def lora_pairs(model: nn.Module, allow_frozen: bool = False) -> list[LoraPair]:
+    """All active LoRA pairs of ``model`` in its own order. ``allow_frozen``: of a pair A or B may be frozen (FFA-LoRA,
+    Sun et al. 2024, arXiv 2403.12313, trains B alone); pairs that are frozen whole are left out.
 
     Raises UnsupportedModuleError naming the module for: a layer that is not one of ``LAYERS`` (embedding, convolution,
     other quantised ones) or of another dtype, DoRA and other variants, merged, disabled or inactive adapters, a LoRA
-    bias, a frozen A or B, a weight shared by two modules. ValueError when there is no LoRA module at all.
+    bias, a frozen A or B unless allowed, a weight shared by two modules. ValueError when there is no LoRA module at
+    all, or none that is trained.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, wanted a PEFT model (a torch.nn.Module with LoRA)")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("model: no LoRA module found; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
-    pairs = [pair for name, module in layers for pair in _pairs_of(name, module)]
+    pairs = [pair for name, module in layers for pair in _pairs_of(name, module, allow_frozen) if pair.trained]
+    if not pairs:
+        raise ValueError("model: every LoRA weight is frozen, wanted one that is trained")
     owners: dict[int, str] = {}
     for pair in pairs:
         for weight in (pair.a.weight, pair.b.weight):
@@ -101,7 +111,7 @@ def trainable_linears(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinea
     return heads
 
 
-def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
+def _pairs_of(name: str, module: LoraLayer, allow_frozen: bool) -> Iterator[LoraPair]:
     def refuse(why: str) -> UnsupportedModuleError:
         return UnsupportedModuleError(f"{name}: {why}")
 
@@ -120,7 +130,7 @@ def _pairs_of(name: str, module: LoraLayer) -> Iterator[LoraPair]:
         if adapter in module.lora_variant or module.use_dora.get(adapter, False):
             raise refuse(f"adapter {adapter!r} is a LoRA variant (DoRA or the like), which is not supported")
         a, b = (
-            _plain_linear(linear, f"{name}: {label} of adapter {adapter!r}")
+            _plain_linear(linear, f"{name}: {label} of adapter {adapter!r}", allow_frozen)
             for label, linear in (("lora_A", module.lora_A[adapter]), ("lora_B", module.lora_B[adapter]))
         )
         yield LoraPair(name, module, a, b, f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
@@ -130,7 +140,7 @@ def _trainable(module: LoraLayer, adapter: str) -> bool:
     return any(p.requires_grad for side in (module.lora_A, module.lora_B) for p in side[adapter].parameters())
 
 
-def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
+def _plain_linear(linear: nn.Module, what: str, allow_frozen: bool) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise UnsupportedModuleError(f"{what} is a {type(linear).__name__}, wanted nn.Linear")
     _check_plain(what, linear)
@@ -140,8 +150,10 @@ def _plain_linear(linear: nn.Module, what: str) -> nn.Linear:
         raise UnsupportedModuleError(f"{what} is sharded (a DTensor, as FSDP2 makes them), wanted a whole weight")
     if linear.weight.dtype not in DTYPES:
         raise UnsupportedModuleError(f"{what} is {linear.weight.dtype}, wanted {', '.join(map(str, DTYPES))}")
-    if not linear.weight.requires_grad:
-        raise UnsupportedModuleError(f"{what} is frozen, so its Fisher information would be missing")
+    if not linear.weight.requires_grad and not allow_frozen:
+        raise UnsupportedModuleError(
+            f"{what} is frozen, so its Fisher information would be missing; allow_frozen=True leaves it out"
+        )
     return linear
 
 

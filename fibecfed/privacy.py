@@ -130,7 +130,7 @@ def _checked_model(
     parts = [batches] if isinstance(batches, Mapping) else batches
     if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError(f"batches: {type(batches).__name__}, wanted a dict of tensors or a sequence of them")
-    clippable_heads(model, lora_pairs(model))
+    clippable_heads(model, lora_pairs(model, allow_frozen=True))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in named.items():
         if p.dtype != torch.float32:

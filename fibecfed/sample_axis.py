@@ -8,11 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fibecfed_kernels import LoraFisherDiag
-
 from .backward import FisherCaptureError, LoraBackward
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
-from .sharing import Seen
+from .sharing import Found, Seen
 
 FEW = 3  # samples that are looked at
 
@@ -70,7 +68,7 @@ class _OneSample(LoraBackward):
 
     @property
     def weights(self) -> list[Tensor]:
-        return [weight for pair in self._pairs for weight in (pair.a.weight, pair.b.weight)]
+        return [weight for pair in self._pairs for weight in pair.trained.values()]
 
     def _pair_backward(self, seen: Seen) -> tuple[None, None]:
         # what is not finite is some sample's own trouble, and may come from 0 · ∞
@@ -95,7 +93,7 @@ class _OneSample(LoraBackward):
                 )
         return self.num_samples
 
-    def _take(self, seen: Seen, found: LoraFisherDiag) -> None:
+    def _take(self, seen: Seen, found: Found) -> None:
         raise AssertionError("nothing is computed")
 
     def _finish(self, scale: float) -> None:

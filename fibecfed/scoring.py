@@ -47,6 +47,7 @@ def score_samples(
     draws: int = 1,
     generator: torch.Generator | None = None,
     on_batch: Callable[[int], None] | None = None,
+    allow_frozen: bool = False,
 ) -> SampleScores:
     """Fisher score f_i = Σ_p (∂ log p(y_i | x_i) / ∂p)² of every sample, p over the LoRA parameters.
 
@@ -63,6 +64,8 @@ def score_samples(
             expectation over y, and its error falls with 1/√draws.
         generator: CPU generator for labels="model". on_batch: called with the number of samples after each batch.
 
+        allow_frozen: as for :class:`capture_fisher`.
+
     On a few samples of the first batch it is seen that a sample's loss reaches its own place in every module alone, see
     :func:`fibecfed.check_sample_axis`.
 
@@ -75,8 +78,8 @@ def score_samples(
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
         raise TypeError(f"loader: {type(loader).__name__}, wanted batches one by one: a list or a DataLoader")
     weights: dict[str, Tensor] = {}
-    for pair in lora_pairs(model):
-        weights |= {pair.a_name: pair.a.weight, pair.b_name: pair.b.weight}
+    for pair in lora_pairs(model, allow_frozen):
+        weights |= pair.trained
     scores: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
     diagonal: dict[str, Tensor] = {}
@@ -88,7 +91,7 @@ def score_samples(
             found = []
             for _ in range(draws):
                 batch = given if draw is None else {**given, "labels": draw(model, given, generator)}
-                found.append(_scored(model, batch, loss_of, weights))
+                found.append(_scored(model, batch, loss_of, weights, allow_frozen))
             scores.append(_mean([fisher.scores for fisher in found]))
             if not checked and len(scores[-1]) > 1:
                 check_sample_axis(model, few_of(batch, len(scores[-1])), loss_of)
@@ -130,9 +133,14 @@ def _task(
 
 
 def _scored(
-    model: nn.Module, batch: Mapping[str, Tensor], loss_of: SampleLoss, weights: Mapping[str, Tensor]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss_of: SampleLoss,
+    weights: Mapping[str, Tensor],
+    allow_frozen: bool,
 ) -> capture_fisher:
-    with torch.enable_grad(), capture_fisher(model, "sum", weight_grad=False) as fisher:
+    capture = capture_fisher(model, "sum", weight_grad=False, allow_frozen=allow_frozen)
+    with torch.enable_grad(), capture as fisher:
         losses = own_losses(loss_of, model, batch)
         # by autograd.grad, not backward: only what leads to LoRA is computed, and .grad stays what it was
         beside = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)

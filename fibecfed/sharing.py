@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fibecfed_kernels import LoraFisherDiag, lora_fisher_diag, use_backend
+from fibecfed_kernels import FisherDiag, fisher_diag, lora_fisher_diag, use_backend
 
 from .lora import LoraPair
 
@@ -23,6 +23,23 @@ class Seen(NamedTuple):
     grad_y: Tensor
 
 
+class Found(NamedTuple):
+    """What the kernel found of a pair's A and B; None for one that is frozen."""
+
+    a: FisherDiag | None
+    b: FisherDiag | None
+
+
+def fisher_of(seen: Seen, cu_seqlens: Tensor | None, weight_grad: bool = False) -> Found:
+    """Of what is trained of a pair, in a launch of its own."""
+    pair, x, h, grad_h, grad_y = seen
+    if len(pair.trained) == 2:
+        return Found(*lora_fisher_diag(x, h, grad_h, grad_y, cu_seqlens, weight_grad=weight_grad))
+    if pair.a.weight.requires_grad:
+        return Found(fisher_diag(x, grad_h, cu_seqlens, weight_grad=weight_grad), None)
+    return Found(None, fisher_diag(h, grad_y, cu_seqlens, weight_grad=weight_grad))
+
+
 class SharedInputs:
     """Gathers pairs whose backwards follow each other on the same x, and launches a group when the next one begins.
 
@@ -31,12 +48,15 @@ class SharedInputs:
     autograd has a thread for each.
     """
 
-    def __init__(self, take: Callable[[Seen, LoraFisherDiag], None]) -> None:
+    def __init__(self, take: Callable[[Seen, Found], None]) -> None:
         self._take = take
         self._open: dict[torch.device, tuple[Any, list[Seen], Tensor | None]] = {}
 
     def add(self, seen: Seen, body: Any, cu_seqlens: Tensor | None) -> None:
         """``body``: of the op, as :func:`fibecfed_kernels.use_backend` names it."""
+        if len(seen.pair.trained) < 2:
+            with use_backend(body):
+                return self._take(seen, fisher_of(seen, cu_seqlens))
         device = seen.x.device
         _, group, _ = self._open.get(device, (None, [], None))
         if group and not _same(group[0].x, seen.x):
@@ -53,13 +73,12 @@ class SharedInputs:
         body, group, cu_seqlens = self._open.pop(device)
         with use_backend(body):
             if len(group) == 1:
-                (one,) = group
-                found = [lora_fisher_diag(one.x, one.h, one.grad_h, one.grad_y, cu_seqlens)]
+                found = [fisher_of(group[0], cu_seqlens)]
             else:
                 hs, grad_hs, grad_ys = (
                     list(ts) for ts in zip(*((s.h, s.grad_h, s.grad_y) for s in group), strict=True)
                 )
-                found = lora_fisher_diag(group[0].x, hs, grad_hs, grad_ys, cu_seqlens)
+                found = [Found(*of) for of in lora_fisher_diag(group[0].x, hs, grad_hs, grad_ys, cu_seqlens)]
         for seen, result in zip(group, found, strict=True):
             self._take(seen, result)
 

@@ -23,7 +23,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def loop_truth(model: nn.Module, whole: dict[str, Tensor], padded: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """scores and diagonal by float64, one sample at a time (without its padding), plain torch.autograd."""
     double = copy.deepcopy(model).double()
-    parameters = lora_parameters(double)
+    parameters = {name: p for name, p in lora_parameters(double).items() if p.requires_grad}
     scores, diagonal = [], {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     for n in range(len(whole["labels"])):
         gradients = torch.autograd.grad(double(**sample(whole, n, padded)).loss, list(parameters.values()))
@@ -267,9 +267,10 @@ def test_modules_that_read_one_input_share_a_launch_when_no_gradient_is_wanted(
 ) -> None:
     seen = []
 
-    def counted(x: Tensor, h: Any, *rest: Any) -> Any:
-        seen.append(len(h) if isinstance(h, list) else 1)
-        return lora_fisher_diag(x, h, *rest)
+    def counted(x: Tensor, h: Any, *rest: Any, weight_grad: bool = False) -> Any:
+        if not weight_grad:
+            seen.append(len(h) if isinstance(h, list) else 1)
+        return lora_fisher_diag(x, h, *rest, weight_grad=weight_grad)
 
     monkeypatch.setattr("fibecfed.sharing.lora_fisher_diag", counted)
     model, whole = tiny("bert", **change).train(), batch()
