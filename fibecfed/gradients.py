@@ -24,6 +24,7 @@ class GradientViews:
 
     def __init__(self, entries: Sequence[Entry], parameters: Sequence[nn.Parameter], buffer: Tensor) -> None:
         self._entries, self._parameters, self._buffer = tuple(entries), tuple(parameters), buffer
+        self._offsets = [buffer.element_size() * entry.offset for entry in entries]
         self.attach()
         for i, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(_keeper(weakref.ref(self), i, parameter.data_ptr()))
@@ -34,27 +35,25 @@ class GradientViews:
             if not self._is_view(i):
                 parameter.grad = self._view(i)
 
-    def take(self, i: int) -> bool:
-        """Copy the gradient of a parameter into the buffer unless it is there, or is none; whether it was copied."""
+    def take(self, i: int) -> None:
+        """Copy the gradient of a parameter into the buffer, unless there is none or it lies there."""
         gradient = self._parameters[i].grad
-        if gradient is None or self._is_view(i):
-            return False
-        with torch.no_grad():
-            self._parameters[i].grad = self._view(i).copy_(gradient)
-        return True
+        if gradient is not None and not self._is_view(i):
+            with torch.no_grad():
+                self._parameters[i].grad = self._view(i).copy_(gradient)
 
     def collect(self) -> tuple[list[int], list[int]]:
         """Bring all gradients into the buffer. Returns which parameters' had to be brought, and which parameters are
         not to be stepped: without a gradient (their part of the buffer is zeroed) or frozen."""
-        brought, still = [], []
-        for i, parameter in enumerate(self._parameters):
-            if parameter.grad is None:
+        brought, still, buffer = [], [], self._buffer.data_ptr()
+        for i, (parameter, offset) in enumerate(zip(self._parameters, self._offsets, strict=True)):
+            gradient = parameter.grad
+            if gradient is None:
                 self._view(i).zero_()
-                still.append(i)
-                continue
-            if self.take(i):
+            elif gradient.data_ptr() != buffer + offset:
+                self.take(i)
                 brought.append(i)
-            if not parameter.requires_grad:
+            if gradient is None or not parameter.requires_grad:
                 still.append(i)
         return brought, still
 
@@ -64,7 +63,7 @@ class GradientViews:
 
     def _is_view(self, i: int) -> bool:
         gradient = self._parameters[i].grad
-        return gradient is not None and gradient.data_ptr() == self._buffer.data_ptr() + 4 * self._entries[i].offset
+        return gradient is not None and gradient.data_ptr() == self._buffer.data_ptr() + self._offsets[i]
 
 
 def _keeper(views: weakref.ref[GradientViews], i: int, address: int) -> Callable[[Tensor], None]:
