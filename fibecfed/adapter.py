@@ -6,14 +6,11 @@ packing is copying slices.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +18,11 @@ from torch import Tensor, nn
 from fibecfed_kernels import Entry, row_layout
 
 from .gradients import GradientViews
+from .identity import identity_of
+from .tree import BrokenViewsError, ModelTree
 
+LORA = re.compile(r"\.lora_[AB]\.")
 BLOCK = re.compile(r"^(?P<stack>.*?\.(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
-# of a configuration, what does not say which model it is; a model sets some of it itself when it is first used
-VOLATILE_CONFIG = (
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states",
-)  # fmt: skip
-ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias")
-
-
-class BrokenViewsError(RuntimeError):
-    """Parameters no longer live in the flat buffer: the model was moved, cast, or its parameters replaced."""
 
 
 class RowTable(NamedTuple):
@@ -71,6 +61,8 @@ class FlatAdapter:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: no trainable parameter; wrap it with peft.get_peft_model first")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("FlatAdapter: inference mode is on, in which nothing can be trained")
         devices = {p.device for _, p in named}
         if len(devices) > 1:
             raise ValueError(f"model: trainable parameters on {sorted(map(str, devices))}, wanted one device")
@@ -93,10 +85,11 @@ class FlatAdapter:
         self._parameters = [p for _, p in named]
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.dtype != torch.float32:
-                _cast_inputs(model, entry.name)
+                _cast_inputs(model, entry)
             parameter.grad = None
-            parameter.data = buffer[entry.offset : entry.offset + entry.numel].view(entry.shape)
-        self._tree = self._branches()
+            parameter.data = _own_storage(buffer[entry.offset : entry.offset + entry.numel].view(entry.shape))
+        self._tree = ModelTree(model, [name for name, _ in named], self._parameters)
+        self._frozen: frozenset[int] = frozenset()
         self._gradients = GradientViews(self.entries, self._parameters, self.grad)
         self.layout = row_layout(self.entries, buffer.device)
         self._values = _slices([(e.layer, e.numel) for e in entries])
@@ -137,23 +130,7 @@ class FlatAdapter:
     @cached_property
     def identity(self) -> Mapping[str, str]:
         """What two ends must agree on: the base model's configuration (hashed) and the adapter's."""
-        config = getattr(self.model, "config", None)
-        described: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})  # type: ignore[union-attr]
-        stable = {k: v for k, v in described.items() if k not in VOLATILE_CONFIG}
-        digest = hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
-        adapters = {
-            name: {
-                **{key: _plain(getattr(c, key, None)) for key in ADAPTER_KEYS},
-                "target_modules": _plain(getattr(c, "target_modules", None)),
-            }
-            for name, c in getattr(self.model, "peft_config", {}).items()
-        }
-        return MappingProxyType(
-            {
-                "base_model": f"{described.get('model_type', type(self.model).__name__)}-{digest[:16]}",
-                "adapter": json.dumps(adapters, sort_keys=True),
-            }
-        )
+        return identity_of(self.model)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, as views of ``grad``."""
@@ -168,8 +145,8 @@ class FlatAdapter:
         Returns bool (num_rows,): the rows of parameters that have a gradient and are not frozen, as torch's optimizers
         step no others; None: all rows.
 
-        Raises BrokenViewsError when every parameter is frozen (another adapter was set, say), and, ``scaled``, when one
-        was assigned: a GradScaler has looked at the gradients in ``grad`` before.
+        Raises BrokenViewsError when every parameter is frozen, or another one is trained instead, and, ``scaled``, when
+        a gradient was assigned: a GradScaler has looked at those in ``grad`` before.
         """
         self.check()
         brought, still = self._gradients.collect()
@@ -180,10 +157,13 @@ class FlatAdapter:
             )
         if not still:
             return None
-        if not any(parameter.requires_grad for parameter in self._parameters):
+        frozen = frozenset(i for i in still if not self._parameters[i].requires_grad)
+        if frozen != self._frozen:  # what is trained may be another adapter now
+            self._tree.check_all()
+            self._frozen = frozen
+        if len(frozen) == len(self._parameters):
             raise BrokenViewsError(
-                f"{self.entries[0].name} and all other parameters of the FlatAdapter are frozen: another adapter was "
-                "set, or the model frozen; make a new FlatAdapter of what is trained now"
+                f"{self.entries[0].name} and all other parameters of the FlatAdapter are frozen, wanted one to train"
             )
         rows = torch.ones(self.num_rows, dtype=torch.bool)
         for i in still:
@@ -199,7 +179,19 @@ class FlatAdapter:
             raise ValueError(f"values: {tuple(values.shape)}, wanted {tuple(self.data.shape)}")
         with torch.no_grad():
             self.data.copy_(values)
+        self.changed()
         return self
+
+    def changed(self) -> None:
+        """Tell autograd that ``data`` was written, which is the parameters' memory: a backward pass through a forward
+        pass of before then raises, as after a step of torch's optimizers."""
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def __getstate__(self) -> object:
+        """Refused: in a copy the model's parameters would not lie in the buffer."""
+        raise TypeError(
+            "a FlatAdapter cannot be copied or pickled; copy or save its model, and make FlatAdapter(model) of that"
+        )
 
     def check(self) -> None:
         """Raise :class:`BrokenViewsError`, naming the parameter, unless the model's parameters still are views."""
@@ -210,31 +202,13 @@ class FlatAdapter:
                     f"{entry.name} ({parameter.dtype} on {parameter.device}) left the flat buffer: the model was "
                     "moved, cast or its parameters replaced after FlatAdapter(model); make a new FlatAdapter"
                 )
-        for children, name, child, path in self._tree:
-            if children.get(name) is not child:
-                raise BrokenViewsError(
-                    f"{path} was replaced in the model, or deleted, after FlatAdapter(model); make a new FlatAdapter"
-                )
+        self._tree.check()
 
     @cached_property
     def _rows_of(self) -> list[slice]:
         """The rows of each parameter."""
         ends = torch.tensor([entry.rows for entry in self.entries]).cumsum(0).tolist()
         return [slice(end - entry.rows, end) for entry, end in zip(self.entries, ends, strict=True)]
-
-    def _branches(self) -> list[tuple[Mapping[str, object], str, object, str]]:
-        """The parameters and, once each, the modules on the way to them: where each one hangs, its name there, itself,
-        and its path."""
-        branches: dict[str, tuple[Mapping[str, object], str, object, str]] = {}
-        for entry, parameter in zip(self.entries, self._parameters, strict=True):
-            module, *path = self.model, *entry.name.split(".")
-            for i, name in enumerate(path[:-1], 1):
-                child = module._modules[name]
-                assert child is not None
-                branches.setdefault(".".join(path[:i]), (module._modules, name, child, ".".join(path[:i])))
-                module = child
-            branches[entry.name] = (module._parameters, path[-1], parameter, entry.name)
-        return list(branches.values())
 
 
 def layer_of(name: str) -> int | None:
@@ -271,19 +245,29 @@ def _pick(slices: dict[int | None, slice], layer: int | None, known: tuple[int, 
     return slices[layer]
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    return value if value is None or isinstance(value, (str, int, float, bool, list)) else str(value)
+def _own_storage(view: Tensor) -> Tensor:
+    """The same memory as a storage of its own: what saves a model by storages (accelerate, safetensors' save_model)
+    would take views of one for the same tensor under many names, and save one of them."""
+    return torch.from_dlpack(view) if view.device.type in ("cpu", "cuda", "xpu") else view
 
 
-def _cast_inputs(model: nn.Module, name: str) -> None:
-    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now."""
-    module = model.get_submodule(name.rpartition(".")[0])
+def _cast_inputs(model: nn.Module, entry: Entry) -> None:
+    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now.
 
-    def cast(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
+    Raises ValueError where what comes behind would not take what it then gives: in a block, but for LoRA, whose output
+    PEFT casts; and where the module has other parameters that are not float32.
+    """
+    module = model.get_submodule(entry.name.rpartition(".")[0])
+    others = {p.dtype for p in module.parameters(recurse=False) if not p.requires_grad}
+    if (entry.layer is not None and not LORA.search(entry.name)) or others - {torch.float32}:
+        raise ValueError(
+            f"{entry.name}: trained in {getattr(module, entry.name.rpartition('.')[2]).dtype} beside frozen values of "
+            "the same type, wanted float32 (load the model in float32), or frozen"
+        )
     if not getattr(module, "_fibecfed_float32", False):
         module._fibecfed_float32 = True  # type: ignore[assignment]
-        module.register_forward_pre_hook(cast)
+        module.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(_: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

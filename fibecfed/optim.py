@@ -205,6 +205,7 @@ class _Masked(torch.optim.Optimizer):
             grad_scale=grad_scale,
             lr_scale=lr_scale,
         )
+        self.flat.changed()
 
 
 class MaskedAdamW(_Masked):

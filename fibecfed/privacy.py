@@ -146,6 +146,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, trained: list[nn.Paramete
     of them."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: {type(optimizer).__name__}, wanted a torch.optim.Optimizer")
+    accumulating = getattr(optimizer, "gradient_state", None)  # accelerate's wrapper has one
+    if accumulating is not None and not accumulating.sync_gradients:
+        raise ValueError(
+            "optimizer: accelerate would leave out this step (accumulate), wanted all micro-batches in one dp_step"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: LBFGS, which evaluates a closure several times a step; wanted one step a batch")
     known = {id(p) for p in trained}

@@ -43,8 +43,9 @@ class Entry:
 class FlatBuffers(Protocol):
     """What the wire needs of a flat adapter: the buffer, its entries, and what identifies model and adapter.
 
-    Where there is a method ``check()``, as :class:`fibecfed.FlatAdapter` has it, it is called before
-    values are read or written: it raises when the model no longer uses the buffer.
+    Where there are methods ``check()`` and ``changed()``, as :class:`fibecfed.FlatAdapter` has them, one is called
+    before values are read or written, and raises when the model no longer uses the buffer, the other after they were
+    written.
     """
 
     @property

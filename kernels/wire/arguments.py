@@ -35,6 +35,14 @@ def checked_flat(flat: FlatBuffers) -> tuple[Tensor, Sequence[Entry], Mapping[st
     return data, entries, identity
 
 
+def mark_written(flat: FlatBuffers) -> None:
+    """Tell autograd that ``flat.data`` was written, and what else lies in its memory."""
+    torch.autograd.graph.increment_version(flat.data)
+    changed = getattr(flat, "changed", None)
+    if changed is not None:
+        changed()
+
+
 class Adapter:
     """What a plan keeps of the adapter that it was made for: ``entries``, ``identity``."""
 

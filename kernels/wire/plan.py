@@ -18,6 +18,7 @@ from .arguments import (
     check_written,
     checked_count,
     checked_weight,
+    mark_written,
     sorted_layers,
 )
 from .format import DTYPES, LENGTH_BYTES, Message, WireDtype, fingerprint_of
@@ -184,7 +185,7 @@ class WirePlan:
         elif not plain:
             decoded = values if found.decoded else self._decoded(found.frame, found.payload, data.device)
             self._scatter(self._relation.values(decoded, found.rows, of), data)
-        torch.autograd.graph.increment_version(flat.data)
+        mark_written(flat)
         return found.message
 
     def gather(self, flat: FlatBuffers) -> Tensor:
@@ -196,7 +197,7 @@ class WirePlan:
         data = self._adapter.data(flat)
         check_values("values", values, torch.float32, self.numel)
         self._scatter(values.detach().to(data.device), data)
-        torch.autograd.graph.increment_version(flat.data)
+        mark_written(flat)
 
     def add_(
         self,

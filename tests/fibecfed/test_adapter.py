@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 from fibecfed import BrokenViewsError, FlatAdapter
 from fibecfed.adapter import layer_of
 from fibecfed_kernels import WirePlan
-from tests.fibecfed.tiny import KINDS, LAYERS, base, batch, tiny
+from tests.fibecfed.tiny import KINDS, LAYERS, TARGETS, base, batch, tiny
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +190,38 @@ def test_a_bf16_module_casts_what_is_floating_once() -> None:
     model(torch.tensor([0, 3])).sum().backward()
     assert flat.grad.abs().max() > 0
     assert [len(module._forward_pre_hooks) for module in model] == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["input_layernorm"]}], ids=str)
+def test_what_would_not_fit_its_neighbours_in_float32_is_refused_by_name(options: dict[str, Any]) -> None:
+    kind, name = ("bert", "bias") if "bias" in options else ("llama", "input_layernorm")
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=TARGETS[kind], **options)
+    model = get_peft_model(base(kind).bfloat16(), lora)
+    with pytest.raises(ValueError, match=rf"{name}.*: trained in torch\.bfloat16 beside frozen values"):
+        FlatAdapter(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_and_one_of_the_model_is_not(copied: Callable[[object], object]) -> None:
+    model = get_peft_model(base("llama").bfloat16(), LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"]))
+    flat = FlatAdapter(model)
+    with pytest.raises(TypeError, match="a FlatAdapter cannot be copied or pickled; copy or save its model"):
+        copied(flat)
+    copied(model)
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode is on"):
+        FlatAdapter(tiny())
+
+
+def test_scaling_tells_adapters_apart_and_where_a_model_came_from_does_not() -> None:
+    plain, scaled = (FlatAdapter(tiny(alpha_pattern=pattern)).identity for pattern in ({}, {"query": 16}))
+    assert plain["base_model"] == scaled["base_model"]
+    assert plain["adapter"] != scaled["adapter"]
+    model = tiny()
+    model.config.architectures = ["BertForSequenceClassification"]  # as from_pretrained sets it
+    assert dict(FlatAdapter(model).identity) == dict(plain)
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:

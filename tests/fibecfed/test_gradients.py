@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from fibecfed import BrokenViewsError, FlatAdapter, MaskedAdamW, MaskedSGD, capture_fisher
+from fibecfed_kernels import WirePlan
 from tests.fibecfed.tiny import batch, tiny
 
 LR, DECAY = 1e-2, 0.1
-Loop = Callable[[nn.Module, torch.optim.Optimizer], None]
+Loop = Callable[[nn.Module, Any], None]
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -174,10 +176,69 @@ def test_a_gradient_that_a_grad_scaler_did_not_see_is_refused() -> None:
 
 
 def test_a_flat_adapter_whose_parameters_are_all_frozen_is_refused() -> None:
+    model = tiny()
+    optimizer = MaskedAdamW(FlatAdapter(model))
+    model.requires_grad_(False)
+    with pytest.raises(BrokenViewsError, match=r"lora_A\.default\.weight and all other.* are frozen"):
+        optimizer.step()
+
+
+def other_adapter(model: nn.Module) -> None:
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["query", "value"]))
+    model.set_adapter("other")
+
+
+def another_part(model: nn.Module) -> None:
+    """As methods do that train A and B in turn, and only one of them was gathered."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.requires_grad_("lora_A" not in name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(other_adapter, r"lora_A\.other\.weight is trained"), (another_part, r"lora_B\.default\.weight is trained")],
+)
+def test_training_what_is_not_in_the_flat_adapter_is_refused(change: Callable[[nn.Module], None], words: str) -> None:
+    model = tiny(task_type=None)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_A" in name or (change is other_adapter and "lora_B" in name))
+    optimizer = MaskedAdamW(FlatAdapter(model))
+    optimizer.step()
+    change(model)
+    for _ in range(2):
+        with pytest.raises(BrokenViewsError, match=words):
+            optimizer.step()
+
+
+def test_an_adapter_that_is_added_frozen_is_no_trouble() -> None:
     model = tiny(task_type=None)
     optimizer = MaskedAdamW(FlatAdapter(model))
     model.add_adapter("other", LoraConfig(r=4, target_modules=["query", "value"]))
-    model.set_adapter("other")
     backward(model, 0)
-    with pytest.raises(BrokenViewsError, match=r"lora_A\.default\.weight and all other.*another adapter was set"):
-        optimizer.step()
+    optimizer.step()
+    assert optimizer.flat.grad.abs().max() > 0
+
+
+def step(model: nn.Module, optimizer: MaskedAdamW) -> None:
+    optimizer.step()
+
+
+def copied(model: nn.Module, optimizer: MaskedAdamW) -> None:
+    optimizer.flat.copy_(torch.zeros(optimizer.flat.numel))
+
+
+def loaded(model: nn.Module, optimizer: MaskedAdamW) -> None:
+    plan = WirePlan(optimizer.flat)
+    plan.load(plan.pack(optimizer.flat, round=1, num_samples=1), optimizer.flat)
+
+
+@pytest.mark.parametrize("write", [step, copied, loaded])
+def test_a_backward_through_a_forward_of_before_the_values_changed_is_refused_as_with_torch(write: Loop) -> None:
+    model = tiny()
+    optimizer = MaskedAdamW(FlatAdapter(model))
+    loss = model(**batch()).loss
+    loss.backward(retain_graph=True)
+    write(model, optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,4 +1,4 @@
-"""The masked optimizers and the capture inside transformers' Trainer, a loop that is not ours."""
+"""The masked optimizers and the capture in loops that are not ours: transformers' Trainer, accelerate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
-from fibecfed import FlatAdapter, MaskedAdamW, capture_fisher, score_samples
+from fibecfed import FlatAdapter, MaskedAdamW, capture_fisher, dp_step, score_samples
 from tests.fibecfed.tiny import batch, tiny
 
 SAMPLES, LR, DECAY = 12, 1e-2, 0.1
@@ -76,3 +78,48 @@ def test_a_capture_around_its_step_scores_its_batches_and_changes_nothing(tmp_pa
     assert capturing.seen == 2 * SAMPLES
     for p, q in zip(trained(capturing.model).values(), trained(plain.model).values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_accelerate_saves_all_that_is_trained_and_goes_on_from_it(tmp_path: Path) -> None:
+    def prepared() -> tuple[Accelerator, nn.Module, Any]:
+        accelerator, model = Accelerator(cpu=True), tiny()
+        return accelerator, *accelerator.prepare(model, MaskedAdamW(FlatAdapter(model), lr=LR))
+
+    def train(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+        for seed in (1, 2):
+            optimizer.zero_grad()
+            accelerator.backward(model(**batch(seed=seed)).loss)
+            optimizer.step()
+
+    accelerator, model, optimizer = prepared()
+    train(accelerator, model, optimizer)
+    accelerator.save_state(str(tmp_path))
+    assert trained(model).keys() <= load_file(tmp_path / "model.safetensors").keys()
+    again, other, others = prepared()
+    again.load_state(str(tmp_path))
+    for each in ((accelerator, model, optimizer), (again, other, others)):
+        train(*each)
+    for p, q in zip(trained(model).values(), trained(other).values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_safetensors_saves_a_model_whole(tmp_path: Path) -> None:
+    model = tiny()
+    FlatAdapter(model)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    found = load_file(tmp_path / "model.safetensors")
+    for name, p in trained(model).items():
+        assert torch.equal(found[name], p)
+
+
+def test_a_private_step_that_accelerate_would_leave_out_is_refused() -> None:
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), tiny()
+    model, optimizer = accelerator.prepare(model, MaskedAdamW(FlatAdapter(model)))
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    options = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 5}
+    with (
+        pytest.raises(ValueError, match=r"optimizer: accelerate would leave out this step \(accumulate\)"),
+        accelerator.accumulate(model),
+    ):
+        dp_step(model, batch(), optimizer, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(p, before[name]) for name, p in trained(model).items())

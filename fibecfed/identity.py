@@ -1,0 +1,47 @@
+"""What two ends of a wire must agree on about a model: its configuration and its adapters'."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+# of a configuration, what does not say which model it is; a model sets some of it itself when it is first used or saved
+VOLATILE_CONFIG = (
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "architectures",
+)  # fmt: skip
+ADAPTER_KEYS = (
+    "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "lora_bias", "target_modules",
+)  # fmt: skip
+
+
+def identity_of(model: nn.Module) -> Mapping[str, str]:
+    """The base model's configuration (hashed), and the adapters'."""
+    config = getattr(model, "config", None)
+    described: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})  # type: ignore[union-attr]
+    stable = {k: v for k, v in described.items() if k not in VOLATILE_CONFIG}
+    digest = hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
+    adapters = {
+        name: {key: _plain(getattr(c, key, None)) for key in ADAPTER_KEYS}
+        for name, c in getattr(model, "peft_config", {}).items()
+    }
+    return MappingProxyType(
+        {
+            "base_model": f"{described.get('model_type', type(model).__name__)}-{digest[:16]}",
+            "adapter": json.dumps(adapters, sort_keys=True),
+        }
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value if value is None or isinstance(value, (str, int, float, bool, list)) else str(value)
