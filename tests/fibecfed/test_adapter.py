@@ -201,6 +201,13 @@ def test_what_would_not_fit_its_neighbours_in_float32_is_refused_by_name(options
         FlatAdapter(model)
 
 
+def test_a_bias_trained_beside_a_frozen_weight_in_bfloat16_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).bfloat16()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.bias: trained in torch\.bfloat16"):
+        FlatAdapter(model)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_a_copy_is_refused_and_one_of_the_model_is_not(copied: Callable[[object], object]) -> None:
     model = get_peft_model(base("llama").bfloat16(), LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"]))

@@ -188,6 +188,11 @@ def other_adapter(model: nn.Module) -> None:
     model.set_adapter("other")
 
 
+def both_adapters(model: nn.Module) -> None:
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["query", "value"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
 def another_part(model: nn.Module) -> None:
     """As methods do that train A and B in turn, and only one of them was gathered."""
     for name, p in model.named_parameters():
@@ -197,12 +202,16 @@ def another_part(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(other_adapter, r"lora_A\.other\.weight is trained"), (another_part, r"lora_B\.default\.weight is trained")],
+    [
+        (other_adapter, r"lora_A\.other\.weight is trained"),
+        (both_adapters, r"lora_A\.other\.weight is trained"),
+        (another_part, r"lora_B\.default\.weight is trained"),
+    ],
 )
 def test_training_what_is_not_in_the_flat_adapter_is_refused(change: Callable[[nn.Module], None], words: str) -> None:
     model = tiny(task_type=None)
     for name, p in model.named_parameters():
-        p.requires_grad_("lora_A" in name or (change is other_adapter and "lora_B" in name))
+        p.requires_grad_("lora_A" in name or (change is not another_part and "lora_B" in name))
     optimizer = MaskedAdamW(FlatAdapter(model))
     optimizer.step()
     change(model)
