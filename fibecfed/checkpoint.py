@@ -5,24 +5,37 @@ Random choices are named by what they are for (see :mod:`fibecfed.seeds`), so th
 
 from __future__ import annotations
 
+import json
 import os
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .client import Device
+from .config import RunConfig, dump_config
 from .record import RecordError
 from .server import LocalStore, Server
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
+MAY_CHANGE = ("name", "out", "device")  # settings, between an interruption and the run's going on
 
 
 def save_checkpoint(
-    run_dir: Path, round_: int, elapsed: float, server: Server, store: LocalStore, devices: list[Device]
+    run_dir: Path,
+    round_: int,
+    elapsed: float,
+    server: Server,
+    store: LocalStore,
+    devices: list[Device],
+    kept: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the state after ``round_``; an interruption meanwhile leaves the one before."""
+    """Write the state after ``round_``, with ``kept`` beside it for :func:`kept_of`; an interruption meanwhile leaves
+    the one before."""
     tensors = {"global": server.values.cpu(), "local": store.rows.cpu(), "residuals": store.residuals.cpu()}
     tensors["participations"] = torch.tensor([device.rounds for device in devices])
     for device in devices:
@@ -31,7 +44,7 @@ def save_checkpoint(
         if device.importance is not None:
             tensors[f"importance.{device.index}"] = device.importance
     temporary = run_dir / f"{CHECKPOINT_FILE}.part"
-    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed)})
+    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed), **(kept or {})})
     os.replace(temporary, run_dir / CHECKPOINT_FILE)
 
 
@@ -41,6 +54,38 @@ def checkpoint_of(run_dir: Path) -> Path:
     if not path.is_file():
         raise RecordError(f"{path}: no such file, wanted the folder of a run to go on with (one over Flower has none)")
     return path
+
+
+def described(config: RunConfig, alike: Mapping[str, str]) -> dict[str, str]:
+    """What a run keeps of itself: the configuration, and the digests of what must be alike."""
+    return {"config": dump_config(config), "alike": json.dumps(dict(alike))}
+
+
+def kept_of(run_dir: Path, config: RunConfig) -> dict[str, str]:
+    """The digests that a run was interrupted with. Raises RecordError where ``config`` is no longer that run's."""
+    path = checkpoint_of(run_dir)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        before, now = (dict(_flat(tomllib.loads(text))) for text in (metadata["config"], dump_config(config)))
+        alike = json.loads(metadata["alike"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RecordError(f"{path}: not a checkpoint of this version of fibecfed ({error})") from None
+    for key in sorted(before.keys() | now.keys()):
+        if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            found, wanted = (values.get(key, "unset") for values in (now, before))
+            raise RecordError(
+                f"{run_dir / 'config.toml'}: {key} is {found}, wanted {wanted} as when the run was interrupted"
+            )
+    return dict(alike)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: list[Device]) -> tuple[int, float]:

@@ -11,6 +11,7 @@ from typing import Annotated
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -257,5 +258,6 @@ def _samples_table(title: str, columns: dict[str, list[object]], chosen: list[in
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
     for index in chosen:
         text = " | ".join(str(columns[key][index]) for key in ("text", "pair") if key in columns)
-        table.add_row(f"{columns['score'][index]:.4g}", str(columns["label"][index]), " ".join(text.split()))
+        label = escape(str(columns["label"][index]))  # what looks like rich's markup is somebody's text
+        table.add_row(f"{columns['score'][index]:.4g}", label, escape(" ".join(text.split())))
     return table

@@ -111,6 +111,7 @@ def load_model(
             **({} if attn is None else {"attn_implementation": attn}),
         )
         tokenizer = _load(AutoTokenizer, name, location, **options)
+        _check_vocabulary(name, base, tokenizer)
         kind = _kind(name, base)
         chosen = _find_targets(name, base, targets)
         config = LoraConfig(
@@ -227,6 +228,21 @@ def _are_conv1d(base: nn.Module, targets: Sequence[str]) -> bool:
     return any(
         isinstance(module, Conv1D) for path, module in base.named_modules() if path.rpartition(".")[2] in targets
     )
+
+
+def _check_vocabulary(name: str, base: Any, tokenizer: Any) -> None:
+    """Without files of its own a tokenizer may come empty, and take every word for the same unknown one."""
+    beside = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    words = [number for word, number in tokenizer.get_vocab().items() if word not in beside]
+    if not words:
+        raise ModelError(
+            f"{name}: its tokenizer knows no word, wanted a tokenizer's files (tokenizer.json or the like)"
+        )
+    rows = base.get_input_embeddings().num_embeddings
+    if max(words) >= rows:
+        raise ModelError(
+            f"{name}: its tokenizer has words up to number {max(words)}, the model {rows} embeddings: wanted its own"
+        )
 
 
 def _prepare_padding(name: str, base: Any, tokenizer: Any) -> None:

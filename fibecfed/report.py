@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -136,7 +137,7 @@ def summary_table(record: RunRecord) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in _facts(record):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -269,7 +270,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
 
 
 def _setting(value: Any) -> str:
-    return ABSENT if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return ABSENT if value is None else str(value).lower() if isinstance(value, bool) else escape(str(value))
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
-from .checkpoint import CHECKPOINT_FILE, checkpoint_of, load_checkpoint, save_checkpoint
+from .alike import difference, digests
+from .checkpoint import CHECKPOINT_FILE, described, kept_of, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .federation import build
 from .fleet import LocalFleet
@@ -33,7 +35,8 @@ def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
 def resume(run_dir: Path | str, *, observer: Observer | None = None) -> RunRecord:
     """Go on with an interrupted :func:`run` after its last finished round, to the same record (timings aside).
 
-    Raises RecordError when the folder holds no run, one that has ended, or one interrupted before its first checkpoint.
+    Raises RecordError when the folder holds no run, one that has ended, or one interrupted before its first checkpoint,
+    when rounds of its record are gone, and when configuration, model or data are not what they were.
     """
     path = Path(run_dir)
     before = read_record(path)
@@ -41,8 +44,8 @@ def resume(run_dir: Path | str, *, observer: Observer | None = None) -> RunRecor
         raise RecordError(f"{path}: this run has ended, there is nothing to resume")
     if before.init is None:
         raise RecordError(f"{path}: interrupted before the end of the initialization, wanted a run to go on with")
-    checkpoint_of(path)  # before data and model are loaded
-    return _Simulation(before.config, observer or SilentObserver()).go_on(before, path)
+    kept = kept_of(path, before.config)  # before data and model are loaded
+    return _Simulation(before.config, observer or SilentObserver()).go_on(before, path, kept)
 
 
 class _Simulation(Run):
@@ -53,11 +56,22 @@ class _Simulation(Run):
     def __init__(self, config: RunConfig, observer: Observer) -> None:
         super().__init__(observer, lambda: LocalFleet(build(config)))
 
-    def go_on(self, before: RunRecord, path: Path) -> RunRecord:
+    @cached_property
+    def _alike(self) -> dict[str, str]:
+        return digests(self.fleet.fed, data=True)
+
+    def go_on(self, before: RunRecord, path: Path, kept: dict[str, str]) -> RunRecord:
         assert before.init is not None
+        if changed := difference(kept, self._alike, "when the run was interrupted"):
+            raise RecordError(f"{path}: {changed}")
         self._announce(path)
         self._divide(Choice(gal=tuple(before.init.gal), neuron_shares=before.init.neuron_shares))
         finished, elapsed = load_checkpoint(path, self.server, self.fleet.store, self.fleet.fed.devices)
+        if finished > len(before.rounds):
+            raise RecordError(
+                f"{path}: its record has {len(before.rounds)} rounds, its checkpoint is of round {finished}: lines of "
+                "the record were lost"
+            )
         self.watch.add(elapsed)
         rounds = list(before.rounds[:finished])  # a round after the checkpoint is made again, to the same result
         rewrite_record(path, [before.init, *rounds])
@@ -69,7 +83,8 @@ class _Simulation(Run):
 
     def _keep(self, path: Path, t: int) -> None:
         with self.watch.phase("checkpoint"):
-            save_checkpoint(path, t, self.watch.elapsed, self.server, self.fleet.store, self.fleet.fed.devices)
+            kept = described(self.fleet.fed.config, self._alike)
+            save_checkpoint(path, t, self.watch.elapsed, self.server, self.fleet.store, self.fleet.fed.devices, kept)
 
     def _keep_nothing(self, path: Path) -> None:
         (path / CHECKPOINT_FILE).unlink()

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fibecfed_kernels import WirePlan
 
+from ..alike import difference, digests
 from ..client import Device
 from ..config import ConfigError, RunConfig, dump_config
 from ..federation import Federation, build, build_own, load_data, own_classes
 from ..fleet import LocalFleet
 from ..record import SilentObserver
 from ..stopwatch import Stopwatch
-from .alike import difference, digests
 from .messages import (
     Decided,
     Hello,
@@ -148,7 +148,7 @@ class _Node:
         made, initial, mine = _federation(dump_config(config), tuple(place.classes or ()), place.index if own else None)
         if not own and place.index != (part := _partition(context)):
             raise MessageError(f"asked as device {place.index}, wanted {part}, this node's {PARTITION}")
-        if problem := difference(place.alike, mine):
+        if problem := difference(place.alike, mine, "the server's"):
             raise MessageError(problem)
         made.flat.copy_(initial)
         there = made.devices[0 if own else place.index]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fibecfed_kernels import WirePlan
 
+from ..alike import digests
 from ..client import TrainResult
 from ..config import RunConfig
 from ..data import DataError, merge_classes
@@ -22,7 +23,6 @@ from ..fleet import Census, LocalFleet, OnPhase
 from ..lossless import Decision
 from ..server import LocalStore, Server, Upload, weighted_mean
 from ..stopwatch import Stopwatch
-from .alike import digests
 from .messages import (
     Decided,
     Last,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +52,25 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty one, which takes every word for the same."""
+    folder = checkpoint(tmp_path / "tiny", "bert")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    with pytest.raises(ModelError, match="tiny: its tokenizer knows no word, wanted a tokenizer's files"):
+        load_model(folder, num_classes=2)
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "tiny", "bert")
+    words = json.loads((folder / "tokenizer.json").read_text())
+    words["model"]["vocab"]["one more"] = VOCAB
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ModelError, match=rf"tiny: its tokenizer has words up to number {VOCAB}, the model {VOCAB} emb"):
+        load_model(folder, num_classes=2)
 
 
 def test_a_gguf_file_or_its_folder(tmp_path: Path) -> None:

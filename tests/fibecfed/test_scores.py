@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from fibecfed import score_samples
 from fibecfed.batches import collate, encode, length_buckets
+from fibecfed.cli import _samples_table
 from fibecfed.config import ConfigError, RunConfig, load_config
 from fibecfed.federation import load_base, load_data
 from fibecfed.scores import score_data, write_scores
@@ -118,3 +121,12 @@ def test_the_models_own_labels_and_autocast_are_as_the_configuration_says(tmp_pa
     rounded = score_data(config(tmp_path, "autocast=true"))["score"]
     assert rounded != plain
     assert rounded == pytest.approx(plain, rel=0.2)
+
+
+def test_a_text_that_looks_like_markup_is_shown_as_it_is() -> None:
+    columns = {"score": [1.0], "label": ["[b]"], "text": ["[i]so[/i] [/quote]"]}
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(_samples_table("easiest", columns, [0]))
+    shown = console.export_text()
+    assert "[b]" in shown
+    assert "[i]so[/i] [/quote]" in shown

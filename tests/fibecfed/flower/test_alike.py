@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fibecfed.alike import difference, digests, weights
 from fibecfed.batches import Encoded
 from fibecfed.federation import Federation, build
-from fibecfed.flower.alike import difference, digests, weights
 from fibecfed.flower.nodes import FleetError
 from fibecfed.record import RecordError
 from fibecfed.simulation import resume, run
@@ -124,12 +124,12 @@ def test_digests_are_of_what_must_be_alike_and_of_nothing_else(sources: tuple[Pa
     encode = trained.loaded.tokenizer
     encode(["w1", "w1 w2 w3"], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
     assert digests(trained, data=True) == wanted
-    assert difference(wanted, wanted) == ""
+    assert difference(wanted, wanted, "mine") == ""
     for override in ("seed=1", "partition.scheme=iid", "data.max_train=100", "data.max_test=20"):
         other = digests(built(sources, tmp_path, override), data=True)
         assert {what for what in wanted if wanted[what] != other[what]} == {"data"}, override
     assert "data" not in digests(trained, data=False)
-    assert difference({"data": "0" * 64}, {}) == "other data than the server's (SHA-256 none …, wanted 000000000000 …)"
+    assert difference({"data": "0" * 64}, {}, "mine") == "other data than mine (SHA-256 none …, wanted 000000000000 …)"
 
 
 def test_weights_of_other_names_or_shapes_are_others_where_their_bytes_are_the_same() -> None:

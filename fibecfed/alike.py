@@ -1,4 +1,5 @@
-"""What server and nodes must have alike, as digests: a run with two kinds of a model would be wrong without a sign."""
+"""What all parts of a run must have alike, as digests: server and nodes, before and after an interruption. A run with
+two kinds of a model would be wrong without a sign."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batches import Encoded
-from ..federation import Federation
+from .batches import Encoded
+from .federation import Federation
 
 SHOWN = 12  # hexadecimal digits of a digest in an error
 # What tells tokenizers of the same vocabulary apart: case, accents, spaces, scripts, numbers, marks.
@@ -26,10 +27,10 @@ def digests(fed: Federation, data: bool) -> dict[str, str]:
     return found
 
 
-def difference(wanted: dict[str, str], found: dict[str, str]) -> str:
-    """What is not alike, in words; empty: nothing."""
+def difference(wanted: dict[str, str], found: dict[str, str], whose: str) -> str:
+    """What is not alike, in words; empty: nothing. ``wanted`` are those of ``whose``."""
     return ", ".join(
-        f"other {what} than the server's (SHA-256 {found.get(what, 'none')[:SHOWN]} …, wanted {digest[:SHOWN]} …)"
+        f"other {what} than {whose} (SHA-256 {found.get(what, 'none')[:SHOWN]} …, wanted {digest[:SHOWN]} …)"
         for what, digest in wanted.items()
         if found.get(what) != digest
     )
