@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .client import Device
-from .config import RunConfig, dump_config
+from .config import RunConfig, dump_config, flat_settings
 from .record import RecordError
 from .server import LocalStore, Server
 
@@ -67,7 +66,7 @@ def kept_of(run_dir: Path, config: RunConfig) -> dict[str, str]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        before, now = (dict(_flat(tomllib.loads(text))) for text in (metadata["config"], dump_config(config)))
+        before, now = (dict(flat_settings(tomllib.loads(text))) for text in (metadata["config"], dump_config(config)))
         alike = json.loads(metadata["alike"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise RecordError(f"{path}: not a checkpoint of this version of fibecfed ({error})") from None
@@ -78,14 +77,6 @@ def kept_of(run_dir: Path, config: RunConfig) -> dict[str, str]:
                 f"{run_dir / 'config.toml'}: {key} is {found}, wanted {wanted} as when the run was interrupted"
             )
     return dict(alike)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: list[Device]) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Literal, Self
@@ -100,6 +100,15 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = (), o
 def dump_config(config: RunConfig) -> str:
     """``config`` as TOML that :func:`load_config` reads back to an equal one; unset keys are left out."""
     return tomli_w.dumps(_table(config))
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(section.key, value) of nested tables."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def describe_config(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .config import RunConfig
+from .config import RunConfig, flat_settings
 from .phases import Cost
 from .plots import write_comparison, write_plots
 from .record import RoundRecord, RunRecord, labels
@@ -165,7 +165,7 @@ def comparison_table(records: Sequence[RunRecord], target: float, kind: Kind = "
 
 def differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
     """The keys in which configurations differ, dotted, with the value of each; name and out aside."""
-    flat = [dict(_flatten(config.model_dump(exclude={"name", "out"}))) for config in configs]
+    flat = [dict(flat_settings(config.model_dump(exclude={"name", "out"}))) for config in configs]
     return {key: [one[key] for one in flat] for key in flat[0] if any(one[key] != flat[0][key] for one in flat)}
 
 
@@ -259,14 +259,6 @@ def _best(record: RunRecord, kind: str) -> float | None:
 def _last(record: RunRecord, kind: str) -> float | None:
     measured = _measured(record, kind)
     return measured[-1] if measured else None
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _setting(value: Any) -> str:
