@@ -147,7 +147,7 @@ class RecordWriter:
 
 def check_out(out: Path | str) -> None:
     """Refuse, before any work, an ``out`` in which no folder could be made. Raises ConfigError."""
-    path = Path(out)
+    path = Path(out).expanduser()
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise ConfigError(f"out = {str(out)!r}: {there} is a file, wanted a folder for the runs")
@@ -157,7 +157,7 @@ def check_out(out: Path | str) -> None:
 
 def new_run_dir(out: Path | str, name: str) -> Path:
     """Make the folder ``out``/``name``, or the first free one of name-2, name-3, …: no run overwrites another."""
-    parent = Path(out)
+    parent = Path(out).expanduser()
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -136,6 +136,8 @@ def read_file(path: Path, columns: Columns) -> Table:
         try:
             rows = read(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:
+            if isinstance(_root(error), KeyboardInterrupt):  # the library wraps it
+                raise KeyboardInterrupt from None
             if isinstance(error, StopIteration) or any(said in _cause(error) for said in _EMPTY):
                 raise DataError(f"{path}: no samples in it") from None
             raise DataError(f"{path}: cannot be read as {kind}: {_cause(error)}") from error
@@ -188,10 +190,15 @@ def _format(path: Path) -> str | None:
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def _cause(error: BaseException) -> str:
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    root = _root(error)
+    return " ".join(str(root).split()) or type(root).__name__
 
 
 @contextmanager

@@ -243,9 +243,10 @@ def test_a_run_that_has_only_begun_reads_as_one_without_rounds(tmp_path: Path) -
     assert (read.init, read.rounds, read.end, read.notes) == (None, (), None, ())
 
 
-def test_a_new_folder_never_is_one_that_exists(tmp_path: Path) -> None:
+def test_a_new_folder_never_is_one_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "deep" / "runs"
-    assert [new_run_dir(out, "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+    assert [new_run_dir("~/deep/runs", "demo") for _ in range(3)] == [out / n for n in ("demo", "demo-2", "demo-3")]
     (out / "other").write_text("a file of that name")
     assert new_run_dir(out, "other").name == "other-2"
 

