@@ -80,8 +80,9 @@ wheel: .venv/.installed
 	$(BIN)/pip install -q --no-deps -r requirements-demo.txt
 	touch $@
 
-.venv/.dev: .venv/.installed
+.venv/.dev: .venv/.installed requirements-test.txt
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -r requirements-test.txt
 	touch $@
 
 .venv/.bench: .venv/.installed requirements-bench.txt

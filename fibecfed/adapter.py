@@ -49,10 +49,11 @@ class FlatAdapter:
         entries: one :class:`fibecfed_kernels.Entry` a parameter. layers: block indices, ascending.
         num_rows: number of rows (neurons). layout: int64 (lines, 4) for the update ops.
 
-    Raises TypeError for what is no model; ValueError when nothing is trainable, parameters are spread over devices, or
-    two stacks of blocks (an encoder and a decoder) would share indices. Anything that breaks the views of the values
-    later (``.to()``, ``.half()``, re-assigned parameters) raises :class:`BrokenViewsError` at the next use; see
-    :meth:`check`.
+    Raises TypeError for what is no model; RuntimeError in inference mode; ValueError when nothing is trainable,
+    parameters are spread over devices, two stacks of blocks (an encoder and a decoder) would share indices, or a bias
+    or norm is trained in half precision beside frozen values. Anything that breaks the views of the values later
+    (``.to()``, ``.half()``, re-assigned parameters, another adapter that is trained) raises :class:`BrokenViewsError`
+    at the next use; see :meth:`check`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,6 +75,8 @@ class FlatAdapter:
         for name, parameter in named:
             entries.append(Entry(name, tuple(parameter.shape), offset, layers[name]))
             offset += parameter.numel()
+            if parameter.dtype != torch.float32:
+                _check_neighbours(model, entries[-1], parameter.dtype)
         self.entries: tuple[Entry, ...] = tuple(entries)
         self.layers: tuple[int, ...] = tuple(sorted({e.layer for e in entries if e.layer is not None}))
         self.num_rows: int = sum(e.rows for e in entries)
@@ -85,7 +88,7 @@ class FlatAdapter:
         self._parameters = [p for _, p in named]
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.dtype != torch.float32:
-                _cast_inputs(model, entry)
+                _cast_inputs(model, entry.name)
             parameter.grad = None
             parameter.data = _own_storage(buffer[entry.offset : entry.offset + entry.numel].view(entry.shape))
         self._tree = ModelTree(model, [name for name, _ in named], self._parameters)
@@ -251,19 +254,21 @@ def _own_storage(view: Tensor) -> Tensor:
     return torch.from_dlpack(view) if view.device.type in ("cpu", "cuda", "xpu") else view
 
 
-def _cast_inputs(model: nn.Module, entry: Entry) -> None:
-    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now.
-
-    Raises ValueError where what comes behind would not take what it then gives: in a block, but for LoRA, whose output
-    PEFT casts; and where the module has other parameters that are not float32.
-    """
+def _check_neighbours(model: nn.Module, entry: Entry, dtype: torch.dtype) -> None:
+    """Refuse to make a parameter float32 where what lies beside or behind it would not take that: in a block, but for
+    LoRA, whose output PEFT casts; and in a module with frozen parameters of another dtype."""
     module = model.get_submodule(entry.name.rpartition(".")[0])
     others = {p.dtype for p in module.parameters(recurse=False) if not p.requires_grad}
     if (entry.layer is not None and not LORA.search(entry.name)) or others - {torch.float32}:
         raise ValueError(
-            f"{entry.name}: trained in {getattr(module, entry.name.rpartition('.')[2]).dtype} beside frozen values of "
-            "the same type, wanted float32 (load the model in float32), or frozen"
+            f"{entry.name}: trained in {dtype} beside frozen values of the same type, wanted float32 (load the model so), "
+            "or frozen"
         )
+
+
+def _cast_inputs(model: nn.Module, name: str) -> None:
+    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now."""
+    module = model.get_submodule(name.rpartition(".")[0])
     if not getattr(module, "_fibecfed_float32", False):
         module._fibecfed_float32 = True  # type: ignore[assignment]
         module.register_forward_pre_hook(_to_float32)

