@@ -261,8 +261,8 @@ def _check_neighbours(model: nn.Module, entry: Entry, dtype: torch.dtype) -> Non
     others = {p.dtype for p in module.parameters(recurse=False) if not p.requires_grad}
     if (entry.layer is not None and not LORA.search(entry.name)) or others - {torch.float32}:
         raise ValueError(
-            f"{entry.name}: trained in {dtype} beside frozen values of the same type, wanted float32 (load the model so), "
-            "or frozen"
+            f"{entry.name}: trained in {dtype} beside frozen values of the same type, wanted float32 (load the model "
+            "so), or frozen"
         )
 
 
