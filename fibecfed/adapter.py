@@ -19,7 +19,7 @@ from fibecfed_kernels import Entry, row_layout
 
 from .gradients import GradientViews
 from .identity import identity_of
-from .tree import BrokenViewsError, ModelTree
+from .tree import BrokenViewsError, ModelTree, unwrapped
 
 LORA = re.compile(r"\.lora_[AB]\.")
 BLOCK = re.compile(r"^(?P<stack>.*?\.(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
@@ -41,7 +41,8 @@ class FlatAdapter:
 
     Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's
     order inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype
-    become float32 (their modules' inputs are cast), as PEFT does for LoRA weights. Gradients come into the buffer
+    become float32 (their modules' inputs are cast), as PEFT does for LoRA weights. Names are those inside wrappers
+    (torch.compile, DistributedDataParallel). Gradients come into the buffer
     whatever a training loop does: see :class:`fibecfed.gradients.GradientViews`.
 
     Attributes:
@@ -59,6 +60,7 @@ class FlatAdapter:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: {type(model).__name__}, wanted a torch.nn.Module")
+        model = unwrapped(model)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: no trainable parameter; wrap it with peft.get_peft_model first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,12 +137,21 @@ def score(
                 console.print(_samples_table(title, columns, chosen))
 
 
+def _number(value: float | None) -> float | None:
+    """Refuse "nan", which is beyond no bound."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
     target: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Accuracy to compare at [default: the highest that all reached]"),
+        typer.Option(
+            min=0.0, max=1.0, callback=_number, help="Accuracy to compare at [default: the highest that all reached]"
+        ),
     ] = None,
     out: Annotated[
         Path | None,

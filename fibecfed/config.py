@@ -166,7 +166,7 @@ def _choices(field: FieldInfo) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         problem = "no such file"
     except OSError as error:
@@ -213,7 +213,9 @@ def _explain(error: Any, table: dict[str, Any], overridden: Sequence[str]) -> tu
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         key = next((whole for whole in overridden if whole.startswith(f"{key}.")), key)
-        nearest = _nearest(key, list(known))
+        sections = [name for name, field in known.items() if isinstance(field.default, Section)]
+        meant = sections if isinstance(error["input"], dict) and key not in overridden else list(known)
+        nearest = _nearest(key, meant)
         section = key.rpartition(".")[0]
         leaves = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
         hint = f"; did you mean {nearest}?" if nearest else f"; {section} has {', '.join(leaves)}" if leaves else ""

@@ -72,8 +72,8 @@ def load_task(
 ) -> Task:
     """Read a classification task.
 
-    Labels may be int or str. Ints 0 … C−1 stay what they are; other ints are numbered in ascending order, strings in
-    sorted order, and classes that the source declares (hub, Parquet) as declared. Without a test set, a stratified
+    Labels may be int, bool or str. Ints 0 … C−1 stay what they are; other ints are numbered in ascending order, others
+    in sorted order, and classes that the source declares (hub, Parquet) as declared. Without a test set, a stratified
     share of the training set becomes one.
 
     Args:
@@ -149,6 +149,7 @@ def merge_classes(found: Iterable[Sequence[str]]) -> tuple[str, ...]:
     :func:`load_task` sorts what it finds. Raises DataError where there are fewer than two."""
     every = [tuple(names) for names in found]
     merged = every[0] if len(set(every)) == 1 else _sorted({name for names in every for name in names})
+    _check_spelling(merged, "the devices' data")
     if len(merged) < 2:
         raise DataError(f"the devices' data has {len(merged)} class in all, wanted at least two")
     return merged
@@ -180,10 +181,25 @@ def _label_names(table: Table, column: str) -> list[str]:
             )
     if declared is not None:
         return [declared[value] for value in values]
-    # "01" in a table and 1 in JSON are the same class, but only where every label is a number.
-    if all(not isinstance(value, str) or re.fullmatch(r"[+-]?\d+", value) for value in values):
-        return [str(int(value)) for value in values]
-    return [str(value) for value in values]
+    # As text, for what a table says with "01", "1.0" or "True" is 1 or true in JSON; but only where all are alike.
+    names = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    if all(re.fullmatch(r"[+-]?\d+(\.0*)?", name) for name in names):
+        return [str(int(name.partition(".")[0])) for name in names]
+    if all(name.lower() in ("true", "false") for name in names):
+        return [name.lower() for name in names]
+    _check_spelling(names, f"{table.where}: label column {column!r}")
+    return names
+
+
+def _check_spelling(names: Iterable[str], where: str) -> None:
+    """Refuse classes that differ in white space alone: a slip of the pen, of which a model would make two classes."""
+    spelled: dict[str, str] = {}
+    for name in sorted(set(names)):
+        other = spelled.setdefault(" ".join(name.split()), name)
+        if other != name:
+            raise DataError(
+                f"{where} has {other!r} and {name!r}, which differ in white space alone: wanted one of them"
+            )
 
 
 def _classes(table: Table, column: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 # of a configuration, what does not say which model it is; a model sets some of it itself when it is first used or saved
 VOLATILE_CONFIG = (
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "problem_type",
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "architectures",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "architectures", "pad_token_id",
 )  # fmt: skip
 ADAPTER_KEYS = (
     "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",

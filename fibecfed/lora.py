@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .tree import unwrapped
+
 # PEFT's modules that compute y = W x + B(A x) with A and B plain nn.Linear, whatever W is. By name: the module of those
 # of bitsandbytes (QLoRA, LLM.int8) imports it.
 LAYERS = frozenset(
@@ -53,7 +55,7 @@ def lora_pairs(model: nn.Module, allow_frozen: bool = False) -> list[LoraPair]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}, wanted a PEFT model (a torch.nn.Module with LoRA)")
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [(name, module) for name, module in unwrapped(model).named_modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("model: no LoRA module found; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
     pairs = [pair for name, module in layers for pair in _pairs_of(name, module, allow_frozen) if pair.trained]

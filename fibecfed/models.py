@@ -84,8 +84,8 @@ def load_model(
         seed: of the head and of LoRA's A.
 
     Raises:
-        ModelError: the source cannot be loaded, misses weights of the model's body, is an encoder-decoder, or has no
-            module of the wanted names; an argument out of range.
+        ModelError: the source cannot be loaded, misses weights of the model's body, has weights that are not finite, is
+            an encoder-decoder, or has no module of the wanted names; an argument out of range.
     """
     if num_classes < 2 or rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise ModelError(
@@ -110,6 +110,7 @@ def load_model(
             **options,
             **({} if attn is None else {"attn_implementation": attn}),
         )
+        _check_weights(name, base)
         tokenizer = _load(AutoTokenizer, name, location, **options)
         _check_vocabulary(name, base, tokenizer)
         kind = _kind(name, base)
@@ -228,6 +229,12 @@ def _are_conv1d(base: nn.Module, targets: Sequence[str]) -> bool:
     return any(
         isinstance(module, Conv1D) for path, module in base.named_modules() if path.rpartition(".")[2] in targets
     )
+
+
+def _check_weights(name: str, base: nn.Module) -> None:
+    bad = next((path for path, p in base.named_parameters() if not bool(p.isfinite().all())), None)
+    if bad is not None:
+        raise ModelError(f"{name}: {bad} has values that are infinite or NaN, wanted finite weights")
 
 
 def _check_vocabulary(name: str, base: Any, tokenizer: Any) -> None:

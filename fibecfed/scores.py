@@ -68,6 +68,8 @@ def check_format(path: Path) -> None:
     """Refuse, before any work, a file that :func:`write_scores` could not write. Raises ConfigError."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"{path}: wanted a file that ends in {' or '.join(FORMATS)}")
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, wanted a file")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: no such folder as {path.parent}")
 

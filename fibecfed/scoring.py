@@ -87,6 +87,8 @@ def score_samples(
         for given in loader:
             if not isinstance(given, Mapping):
                 raise TypeError(f"loader: gave a batch that is a {type(given).__name__}, wanted a dict of tensors")
+            if any(isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == 0 for v in given.values()):
+                raise ValueError("loader: gave a batch without samples, wanted at least one in each")
             found = []
             for _ in range(draws):
                 batch = given if draw is None else {**given, "labels": draw(model, given, generator)}

@@ -78,7 +78,9 @@ class Model(Section):
         default="float32", description="of the base model; the adapter is float32"
     )
     rank: Count = Field(default=8, description="r of LoRA")
-    alpha: Positive = Field(default=16.0, description="LoRA is scaled by alpha / rank (alpha / √rank with rslora)")
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
+        default=16.0, description="LoRA is scaled by alpha / rank (alpha / √rank with rslora)"
+    )
     dropout: BelowOne = Field(default=0.0, description="dropout on LoRA's input")
     rslora: bool = Field(default=False, description="rank-stabilised scaling")
     targets: Annotated[list[Text], Field(min_length=1)] | None = Field(
@@ -184,7 +186,7 @@ class Gal(Section):
     norm: Annotated[Literal["2", "inf"], AsText] = Field(
         default="2", description="p of the p-norm that bounds the noise on the embeddings"
     )
-    gamma: Positive = Field(
+    gamma: Annotated[float, Field(gt=0.0, le=1e6)] = Field(
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
     sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")

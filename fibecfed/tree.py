@@ -1,12 +1,23 @@
-"""Whether a model still is what it was when its parameters were gathered."""
+"""A model as a tree of modules: what lies inside its wrappers, and whether it still is what it was when its parameters
+were gathered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 Children = dict[str, nn.Module | None] | dict[str, nn.Parameter | None]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile: so its names are those that it has without them."""
+    while True:
+        inside = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
 
 
 class BrokenViewsError(RuntimeError):

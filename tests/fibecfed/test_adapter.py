@@ -78,7 +78,10 @@ def test_identity_is_of_what_is_computed_and_not_of_where_it_came_from() -> None
     moved = tiny()
     moved.config._name_or_path = "/somewhere/else"
     moved.config.id2label = {0: "a", 1: "b", 2: "c"}
+    moved.config.pad_token_id = 7
     assert dict(FlatAdapter(moved).identity) == wanted
+    compiled = FlatAdapter(torch.compile(moved, backend="eager"))
+    assert (compiled.entries, dict(compiled.identity)) == (FlatAdapter(tiny()).entries, wanted)
     for other in (tiny(lora_alpha=9), tiny(use_rslora=True), tiny(target_modules=["query", "key"])):
         identity = FlatAdapter(other).identity
         assert identity["base_model"] == wanted["base_model"]

@@ -85,6 +85,7 @@ def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
         (("run", "missing.toml"), "missing.toml: no such file"),
         (("run", "broken.toml"), "broken.toml: is not TOML"),
         (("score", "scores.txt"), "scores.txt: wanted a file that ends in .parquet or .csv"),
+        (("score", "folder.csv"), "folder.csv: a folder, wanted a file"),
         (("score", "missing/scores.csv"), "missing/scores.csv: no such folder as missing"),
         (("score", "scores.csv", "--set", "seed=x"), "--set seed=x: seed = 'x': wanted a valid integer"),
         (("resume", "missing"), "missing: no such folder, wanted the folder of a run"),
@@ -101,6 +102,7 @@ def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.toml").write_text("[train\n")
+    (tmp_path / "folder.csv").mkdir()
     write_run(tmp_path / "good", run_record((0.6,)))
     before = sorted(tmp_path.rglob("*"))
     code, _, err = call(*arguments)
@@ -117,6 +119,7 @@ def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_no_file(
         (("rnu",), "fibecfed: No such command 'rnu'."),
         (("run", "--foo"), "fibecfed: No such option '--foo'."),
         (("report",), "fibecfed: Missing argument 'RUN_DIR...'."),
+        (("report", ".", "--target", "nan"), "fibecfed: Invalid value for '--target': nan is not a number"),
         (("score", "x.csv", "--show", "-1"), "fibecfed: Invalid value for '--show'"),
     ],
 )

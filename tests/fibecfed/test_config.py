@@ -261,6 +261,7 @@ def test_an_error_of_the_file_names_the_file_and_one_of_an_override_does_not(tmp
         (b"name = '\xff'", "is not TOML"),
         (b"seed = 1\nseed = 2", "is not TOML"),
         (b"train = 1", "wanted a section"),
+        (b"[trian]\nlr = 1", "trian is no known key; did you mean train?"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, content: bytes | None, problem: str) -> None:
@@ -271,6 +272,12 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, content
     assert message.startswith(f"{path}: ")
     assert problem in message
     assert "\n" not in message
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("seed = 3", encoding="utf-8-sig")
+    assert load_config(path).seed == 3
 
 
 def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:

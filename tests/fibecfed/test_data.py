@@ -52,7 +52,6 @@ def test_a_folder_holds_train_and_test(tmp_path: Path) -> None:
         (["10", "9", "2"], ("2", "9", "10")),
         (["spam", "ham", "10"], ("10", "ham", "spam")),
         ([1.0, 0.0, 2.0], ("0", "1", "2")),
-        ([True, False], ("0", "1")),
     ],
 )
 def test_labels_are_numbered_by_class(tmp_path: Path, found: list[Any], classes: tuple[str, ...]) -> None:
@@ -63,6 +62,18 @@ def test_labels_are_numbered_by_class(tmp_path: Path, found: list[Any], classes:
     for text, label in zip(task.train.text, task.train.labels, strict=True):
         value = found[int(text.split()[1].rstrip(",")) % len(found)]
         assert classes[label] == (value if isinstance(value, str) else str(int(value)))
+
+
+@pytest.mark.parametrize(
+    ("found", "classes"),
+    [([True, False], ("false", "true")), ([2.0, 10.0], ("2", "10")), ([1, 0], ("0", "1"))],
+)
+def test_json_and_tables_name_a_class_alike(tmp_path: Path, found: list[Any], classes: tuple[str, ...]) -> None:
+    """Devices have their own files: what one writes as true, another has as the text True."""
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert load_task(write(tmp_path / name, rows(12, found))).classes == classes
+    as_text = [str(value) for value in found]
+    assert load_task(write(tmp_path / "text.jsonl", rows(12, as_text))).classes == classes
 
 
 def test_declared_classes_keep_their_order(tmp_path: Path) -> None:
@@ -141,6 +152,7 @@ def bad(change: Row, at: int = 4) -> list[Row]:
         (bad({"label": 0.5}), {}, r"label column 'label', sample 4 is 0\.5"),
         ([row | {"label": [1]} for row in rows(9)], {}, r"label column 'label', sample 0 is \[1\]"),
         (bad({"who": None}), {"key": "who"}, "key column 'who', sample 4 is empty"),
+        (rows(9, ["a b", "a  b "]), {}, r"'label' has 'a  b ' and 'a b', which differ in white space alone"),
         (rows(9, ["same"]), {}, "label column 'label' has 1 class, wanted at least two"),
         (rows(3), {}, "3 samples of 3 classes are too few"),
         (rows(9), {"max_train": 2}, "max_train is 2, wanted at least one sample for each of 3 classes"),
@@ -196,3 +208,5 @@ def test_classes_of_several_devices_are_sorted_unless_all_agree(tmp_path: Path) 
     assert load_task(tmp_path / "declared.parquet").classes == ("pos", "neg")
     with pytest.raises(DataError, match="1 class in all"):
         merge_classes([("a",), ("a",)])
+    with pytest.raises(DataError, match=r"the devices' data has 'a' and 'a ', which differ in white space alone"):
+        merge_classes([("a", "b"), ("a ", "b")])

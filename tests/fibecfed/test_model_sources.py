@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, T5Config, T5Model
 
 from fibecfed.batches import collate, encode
@@ -61,6 +63,16 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
         path.unlink()
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     with pytest.raises(ModelError, match="tiny: its tokenizer knows no word, wanted a tokenizer's files"):
+        load_model(folder, num_classes=2)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "tiny", "bert")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    weights[name][3, 2] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"tiny: (bert\.)?{re.escape(name.removeprefix('bert.'))} has values"):
         load_model(folder, num_classes=2)
 
 

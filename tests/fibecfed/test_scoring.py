@@ -119,6 +119,8 @@ def test_bad_input_is_refused_by_name() -> None:
     model = tiny("bert")
     with pytest.raises(ValueError, match="loader"):
         score_samples(model, [])
+    with pytest.raises(ValueError, match="loader: gave a batch without samples"):
+        score_samples(model, [batch(), {key: value[:0] for key, value in batch().items()}])
     with pytest.raises(ValueError, match="labels"):
         score_samples(model, [batch()], labels="both")
     with pytest.raises(ValueError, match=r"sample_loss: gave shape \(\), wanted a tensor \(N,\)"):
