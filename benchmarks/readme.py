@@ -25,6 +25,7 @@ FEDAVG = ROOT / "benchmarks" / "results" / "fedavg"  # the same seeds without th
 PARTS = ROOT / "benchmarks" / "results" / "parts"  # the same seeds, one setting changed in each folder
 BENCHMARKS = {  # name of the place: benchmark, mode, with memory
     "fisher": ("fisher", "cold", False),
+    "dtypes": ("fisher: dtypes", "cold", False),
     "packed": ("fisher: packed", "cold", False),
     "scoring": ("scoring", "all cold", True),
     "step": ("training step", "warm", True),

@@ -25,6 +25,16 @@ FEW = [  # (model, N, T, r)
     ("LLaMA-7B", 8, 512, 8),
     ("LLaMA-7B", 1, 2048, 16),
 ]
+SMALL = [  # of these the dtypes are compared
+    ("MiniLM", 1, 32, 8),
+    ("MiniLM", 1, 128, 8),
+    ("MiniLM", 8, 32, 8),
+    ("RoBERTa-large", 1, 32, 4),
+    ("RoBERTa-large", 1, 32, 16),
+    ("RoBERTa-large", 1, 128, 16),
+    ("RoBERTa-large", 8, 128, 8),
+    ("LLaMA-7B", 8, 128, 8),
+]
 ALL = [(model, n, t, r) for model in WIDTHS for n in SAMPLES for t in TOKENS for r in RANKS]
 CPU_VALUES = 1 << 25  # of x: beyond, a comparison takes more than a minute on two cores
 PACKED_RANK = 8
@@ -42,24 +52,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+def _error(found: Found, wanted: Found) -> float:
+    return relative_error(found, wanted[: len(found)])
+
+
+def _costs(pair: Pair) -> tuple[int, int]:
+    """Bytes that are read and written at least, and the operations of the products."""
+    (samples, tokens, d), r = pair.x.shape, pair.h.shape[-1]
+    read = (pair.x, pair.h, pair.grad_h, pair.grad_y)
+    moved = sum(t.numel() * t.element_size() for t in read) + 4 * (2 * d * r + 2 * samples)
+    return moved, 2 * samples * tokens * r * 2 * d
+
+
 def test_lora_fisher_diag(
     compare: Comparison, device: torch.device, shape: tuple[str, int, int, int], dtype: torch.dtype
 ) -> None:
     model, samples, tokens, r = shape
     d = WIDTHS[model]
     pair = make_pair(samples, tokens, d, r, dtype, device)
-    wanted = truth(pair)
-
-    def error(found: Found) -> float:
-        return relative_error(found, wanted[: len(found)])
-
-    read = (pair.x, pair.h, pair.grad_h, pair.grad_y)
-    moved = sum(t.numel() * t.element_size() for t in read) + 4 * (2 * d * r + 2 * samples)
-    work = Work("fisher", f"{model} N={samples} T={tokens} r={r}", dtype, moved, 2 * samples * tokens * r * 2 * d)
+    error = partial(_error, wanted=truth(pair))
+    work = Work("fisher", f"{model} N={samples} T={tokens} r={r}", dtype, *_costs(pair))
     little = make_pair(1, 2, 16, r, dtype, device)
     found = {name: Provider(partial(call, pair), error, partial(call, little)) for name, call in providers().items()}
     rows = compare(work, found, TOLERANCES[dtype])
     assert all(row.ms50 is not None for row in rows if row.provider.startswith("fibecfed")), "ours is wrong"
+
+
+@pytest.mark.parametrize("small", SMALL, ids=lambda s: f"{s[0]}-N{s[1]}-T{s[2]}-r{s[3]}")
+def test_dtypes(compare: Comparison, device: torch.device, small: tuple[str, int, int, int]) -> None:
+    """Half precision moves half the bytes; where the work is small, reading it must not cost more than that saves."""
+    model, samples, tokens, r = small
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pair = make_pair(samples, tokens, WIDTHS[model], r, dtype, device)
+        error = partial(_error, wanted=truth(pair))
+        little = partial(fisher_peers.ours, make_pair(1, 2, 16, r, dtype, device))
+        name = f"fibecfed {str(dtype).removeprefix('torch.')}"
+        found[name] = Provider(partial(fisher_peers.ours, pair), error, little)
+    moved, flop = _costs(make_pair(samples, tokens, WIDTHS[model], r, torch.float32, device))
+    compare(Work("fisher: dtypes", f"{model} N={samples} T={tokens} r={r}", torch.float32, moved, flop), found, 1e-4)
 
 
 def packed_providers(d: int, samples: int, longest: int, device: torch.device) -> tuple[dict[str, Provider], int]:
