@@ -53,6 +53,9 @@ struct Float16 {
   }
 };
 
+template <class Kind>
+constexpr size_t kLine = 64 / sizeof(typename Kind::Wire);  // values
+
 #define WIRE_LOOPS(kind)                                                                             \
   WIRE_CLONES inline void encode(const float* x, kind::Wire* w, size_t n, kind) {                    \
     for (size_t i = 0; i < n; ++i) w[i] = kind::encode(x[i]);                                        \
@@ -60,9 +63,20 @@ struct Float16 {
   WIRE_CLONES inline void decode(const kind::Wire* w, float* x, size_t n, kind) {                    \
     for (size_t i = 0; i < n; ++i) x[i] = kind::decode(w[i]);                                        \
   }                                                                                                  \
-  WIRE_CLONES inline void add(const kind::Wire* w, double* sum, size_t n, double weight, kind) {     \
-    for (size_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(kind::decode(w[i]));       \
+  WIRE_CLONES inline void add(                                                                       \
+      const kind::Wire* w, double* sum, size_t n, double weight, const kind::Wire* ahead, kind) {    \
+    size_t i = 0;                                                                                    \
+    for (; i + kLine<kind> <= n; i += kLine<kind>) {                                                 \
+      __builtin_prefetch(ahead + i);                                                                 \
+      for (size_t k = i; k < i + kLine<kind>; ++k)                                                   \
+        sum[k] += weight * static_cast<double>(kind::decode(w[k]));                                  \
+    }                                                                                                \
+    for (; i < n; ++i) sum[i] += weight * static_cast<double>(kind::decode(w[i]));                   \
   }
+WIRE_CLONES inline void divide(const double* sum, float* mean, size_t n, double total) {
+  for (size_t i = 0; i < n; ++i) mean[i] = static_cast<float>(sum[i] / total);
+}
+
 WIRE_LOOPS(Float32)
 WIRE_LOOPS(BFloat16)
 WIRE_LOOPS(Float16)

@@ -28,8 +28,8 @@ struct Floats {
   Floats with(void* values, void*) const { return {static_cast<typename Kind::Wire*>(values)}; }
   void encode(const float* x, const Line& l) const { wire::encode(x, w + l.value, l.numel(), Kind{}); }
   void decode(const Line& l, float* x) const { wire::decode(w + l.value, x, l.numel(), Kind{}); }
-  void add(const Line& l, double* sum, double weight) const {
-    wire::add(w + l.value, sum, l.numel(), weight, Kind{});
+  void add(const Line& l, double* sum, double weight, const Floats& ahead) const {
+    wire::add(w + l.value, sum, l.numel(), weight, ahead.w + l.value, Kind{});
   }
   int64_t bytes(int64_t values) const { return values * static_cast<int64_t>(sizeof(typename Kind::Wire)); }
 };
@@ -43,7 +43,7 @@ struct Int8 {
     quantize_rows(x, q + l.value, scale + l.row, l.rows, l.length);
   }
   void decode(const Line& l, float* x) const { dequantize_rows(q + l.value, scale + l.row, x, l.rows, l.length); }
-  void add(const Line& l, double* sum, double weight) const {
+  void add(const Line& l, double* sum, double weight, const Int8&) const {
     add_rows(q + l.value, scale + l.row, sum, l.rows, l.length, weight);
   }
   int64_t bytes(int64_t values) const { return values; }
@@ -60,7 +60,7 @@ struct Int4 {
   void decode(const Line& l, float* x) const {
     dequantize_blocks(q + l.value / 2, scale + l.row, x, l.rows, l.length);
   }
-  void add(const Line& l, double* sum, double weight) const {
+  void add(const Line& l, double* sum, double weight, const Int4&) const {
     add_blocks(q + l.value / 2, scale + l.row, sum, l.rows, l.length, weight);
   }
   int64_t bytes(int64_t values) const { return (values + 1) / 2; }

@@ -206,7 +206,7 @@ std::tuple<int64_t, int64_t, int64_t> wire_read_(
     if (adds) {
       auto* const sum = static_cast<double*>(target.data_ptr());
       wire::for_lines(lines, table.size(0), 8 * target.numel(), [=](const Line& l) {
-        codec.add(l, sum + l.data, weight);
+        codec.add(l, sum + l.data, weight, codec);
       });
     } else {
       auto* const x = static_cast<float*>(target.data_ptr());

@@ -29,6 +29,8 @@ SCHEMAS = {
     "wire_pack_": "(Tensor data, Tensor table, Tensor(a!) values, Tensor(b!) scales) -> ()",
     "wire_unpack_": "(Tensor values, Tensor scales, Tensor table, Tensor(a!) data) -> ()",
     "wire_accumulate_": "(Tensor(a!) sum, Tensor[] values, Tensor[] scales, Tensor table, float[] weights) -> ()",
+    "wire_mean_": "(Tensor(a!) mean, Tensor sum, Tensor[] values, Tensor[] scales, Tensor table, float[] weights,"
+    " float total) -> ()",
     "wire_digest": "(Tensor buffer, Tensor ranges) -> Tensor",
 }
 # Whole messages in one call, which other bodies make of the ops above (wire/frame.py). They answer in integers, which
@@ -39,7 +41,7 @@ FUSED = {
     "wire_read_": "(Tensor message, Tensor table, Tensor ranges, Tensor header, Tensor places, int round, int base,"
     " float weight, Tensor(a!) target) -> (int, int, int)",
 }
-CPU_ONLY = {"wire_digest"}  # reads messages, which are in the host's memory
+CPU_ONLY = {"wire_digest", "wire_mean_"}  # they read messages, which are in the host's memory
 
 _library = torch.library.Library("fibecfed", "DEF")
 for _name, _schema in {**SCHEMAS, **FUSED}.items():
@@ -117,6 +119,11 @@ def _(*args: Any) -> None:
 
 
 @torch.library.register_fake("fibecfed::wire_accumulate_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fibecfed::wire_mean_", lib=_library)
 def _(*args: Any) -> None:
     return None
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._backend import body_for
 from .._dispatch import run
 from .arguments import Buffer, check_written, checked_weight, is_aligned, view_of
 from .errors import CountError, WireError
 from .plan import WirePlan
 
 CHUNK = 1 << 17  # values divided and rounded while they are in a cache
-TOGETHER = 16  # messages of a list that are added at once: the sum then moves once for all of them
-CACHED = 1 << 21  # values of a sum that stays in a cache: then a message is better added while that holds it, too
+NO_SUM = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 def aggregate(
@@ -38,8 +39,8 @@ def aggregate(
     Args:
         plan: what the messages must be.
         buffers: messages. Of a generator, each is checked, added and let go before the next is asked for, so one that
-            receives them holds one at a time. Those of a list, which are there anyway, are checked one by one and added
-            several at once where they are large; a message must not change meanwhile. The same bits either way.
+            receives them holds one at a time. Those of a list, which are there anyway, are checked one by one and, on a
+            CPU, added all at once; a message must not change meanwhile. The same bits either way.
         weights: one a message, finite, in [1e-100, 1e100]. None: FedAvg's, the sample counts that the messages state
             (a device can claim any number: give your own where that matters).
         round: if given, every message must be of it.
@@ -47,9 +48,9 @@ def aggregate(
         base: what the messages of a delta or sparse plan are relative to; what is averaged are the values that ``load``
             would give, so that a row that a message does not carry counts with its value in the base.
         max_bytes: a longer message is refused before it is looked at.
-        accumulator: float64 (plan.numel,), overwritten, and out: float32 (plan.numel,), filled and returned, both
-            contiguous and on one device, which is then that of the sum and the mean. Who averages again and again keeps
-            them: the first touch of new memory can cost as much as the sum itself.
+        accumulator: float64 (plan.numel,), overwritten where the sum needs memory, and out: float32 (plan.numel,),
+            filled and returned, both contiguous and on one device, which is then that of the sum and the mean. Who
+            averages again and again keeps them: the first touch of new memory can cost as much as the sum itself.
         on_refused: called with the index and the reason of each message that is refused, which is then left out of the
             mean, weight and all. None: the first one ends it. A given weight that is out of range ends it all the same.
 
@@ -68,10 +69,10 @@ def aggregate(
         raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
-    sum = _sum_of(plan, accumulator, out, device)
+    room = _Room(plan, accumulator, out, device)
     listed, plain = type(buffers) in (list, tuple), not (plan.delta or plan.sparse)
-    together = listed and plain and sum.is_cpu and plan.numel > CACHED
-    adder = (_Together if together else _OneByOne)(plan, sum, round, base, max_bytes)
+    together = listed and plain and room.device.type == "cpu" and body_for(NO_SUM) != "triton"
+    adder = (_Together if together else _OneByOne)(plan, room, round, base, max_bytes)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)
     while True:  # not zip or enumerate: they would keep a message alive while the next one is made
@@ -90,46 +91,78 @@ def aggregate(
             taken += 1
         del buffer
         index += 1
-    adder.finish()
     if shares is not None and next(shares, None) is not None:
         raise CountError("weights", f"more than the {index} messages, wanted one a message")
     if index == 0:
         raise CountError("buffers", "no messages, wanted at least one")
     if taken == 0:
         raise CountError("buffers", f"all {index} messages were refused")
-    mean = torch.empty(plan.numel, dtype=torch.float32, device=sum.device) if out is None else out.detach()
-    room = sum[:CHUNK]  # that of the first chunk serves them all: quotients need not go back to memory
-    for part, rounded in zip(sum.split(CHUNK), mean.split(CHUNK), strict=True):
-        rounded.copy_(torch.div(part, total, out=room[: len(part)]))
-    if out is None:
-        return mean
-    torch.autograd.graph.increment_version(out)
-    return out
+    return adder.mean(total)
+
+
+class _Room:
+    """Where sum and mean are held, given or made when they are first needed."""
+
+    def __init__(
+        self, plan: WirePlan, accumulator: Tensor | None, out: Tensor | None, device: torch.device | str
+    ) -> None:
+        self._numel, self._out = plan.numel, out
+        if out is not None:
+            check_written("out", out, torch.float32, plan.numel)
+        if accumulator is not None:
+            accumulator = check_written("accumulator", accumulator, torch.float64, plan.numel, out=out)
+        self._accumulator = accumulator
+        given = accumulator if out is None else out
+        self.device = torch.device(device) if given is None else given.device
+        if accumulator is not None and accumulator.device != self.device:
+            raise ValueError(f"accumulator: on {accumulator.device}, wanted {self.device}, where out is")
+
+    @cached_property
+    def sum(self) -> Tensor:
+        if self._accumulator is not None:
+            return self._accumulator.zero_()
+        return torch.zeros(self._numel, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return torch.empty(self._numel, dtype=torch.float32, device=self.device) if self._out is None else self._out
 
 
 class _OneByOne:
-    """Adds messages to ``sum``, each as it comes."""
+    """Adds messages to the sum, each as it comes."""
 
     def __init__(
-        self, plan: WirePlan, sum: Tensor, round: int | None, base: Tensor | None, max_bytes: int | None
+        self, plan: WirePlan, room: _Room, round: int | None, base: Tensor | None, max_bytes: int | None
     ) -> None:
-        self._plan, self._sum = plan, sum
+        self._plan, self._room = plan, room
         self._given: dict[str, Any] = {"round": round, "base": base, "max_bytes": max_bytes}
 
     def add(self, buffer: Buffer, weight: float | None) -> float:
         """Add a message, if it passes every check; returns the weight that it has."""
-        message = self._plan.add_(self._sum, buffer, weight, **self._given)
+        message = self._plan.add_(self._room.sum, buffer, weight, **self._given)
         return message.num_samples if weight is None else weight
 
-    def finish(self) -> None:
-        """Nothing is left to add."""
+    def mean(self, total: float) -> Tensor:
+        """The sum divided by ``total``."""
+        mean = self._room.mean
+        self._divide(mean.detach(), total)
+        torch.autograd.graph.increment_version(mean)
+        return mean
+
+    def _divide(self, mean: Tensor, total: float) -> None:
+        sum = self._room.sum
+        room = sum[:CHUNK]  # that of the first chunk serves them all: quotients need not go back to memory
+        for part, rounded in zip(sum.split(CHUNK), mean.split(CHUNK), strict=True):
+            rounded.copy_(torch.div(part, total, out=room[: len(part)]))
 
 
 class _Together(_OneByOne):
-    """Checks each as it comes, and adds several at once: the same sums in the same order."""
+    """Checks each as it comes, and adds all when the last one is there: the same sums in the same order, which then
+    need no memory."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._added = False
         self._values: list[Tensor] = []
         self._scales: list[Tensor] = []
         self._weights: list[float] = []
@@ -137,7 +170,7 @@ class _Together(_OneByOne):
     def add(self, buffer: Buffer, weight: float | None) -> float:
         raw = view_of(buffer)
         if not is_aligned(raw):  # it will be copied: one copy at a time
-            self.finish()
+            self._add_all()
             return super().add(raw, weight)
         message, values, scales = self._plan._checked(raw, **self._given)
         if weight is None:
@@ -145,28 +178,28 @@ class _Together(_OneByOne):
         self._values.append(values)
         self._scales.append(scales)
         self._weights.append(weight)
-        if len(self._weights) == TOGETHER:
-            self.finish()
         return weight
 
-    def finish(self) -> None:
-        table = self._plan._table("values to message", self._sum.device)
-        run("wire_accumulate_", self._sum, self._sum, self._values, self._scales, table, self._weights)
-        self._values, self._scales, self._weights = [], [], []
+    def _add_all(self) -> None:
+        sum = self._room.sum
+        run("wire_accumulate_", sum, sum, self._values, self._scales, self._table(), self._weights)
+        self._values, self._scales, self._weights, self._added = [], [], [], True
+
+    def _divide(self, mean: Tensor, total: float) -> None:
+        if self._weights and _overlaps(mean, (*self._values, *self._scales)):  # written before all of them is read
+            self._add_all()
+        if not self._weights:
+            return super()._divide(mean, total)
+        sum = self._room.sum if self._added else NO_SUM
+        run("wire_mean_", mean, mean, sum, self._values, self._scales, self._table(), self._weights, total)
+
+    def _table(self) -> Tensor:
+        return self._plan._table("values to message", self._room.device)
 
 
-def _sum_of(plan: WirePlan, accumulator: Tensor | None, out: Tensor | None, device: torch.device | str) -> Tensor:
-    """Where the sum is held, all zeros."""
-    if out is not None:
-        check_written("out", out, torch.float32, plan.numel)
-        device = out.device
-    if accumulator is not None:
-        accumulator = check_written("accumulator", accumulator, torch.float64, plan.numel, out=out)
-        if out is not None and accumulator.device != device:
-            raise ValueError(f"accumulator: on {accumulator.device}, wanted {device}, where out is")
-    if accumulator is None:
-        return torch.zeros(plan.numel, dtype=torch.float64, device=device)
-    return accumulator.zero_()
+def _overlaps(written: Tensor, others: Iterable[Tensor]) -> bool:
+    start, end = written.data_ptr(), written.data_ptr() + written.nbytes
+    return any(t.data_ptr() < end and t.data_ptr() + t.nbytes > start for t in others)
 
 
 def _next_weight(shares: Iterator[float], index: int) -> float:

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from .checksum import wire_digest
 
-__all__ = ["wire_accumulate_", "wire_digest", "wire_pack_", "wire_unpack_"]
+__all__ = ["wire_accumulate_", "wire_digest", "wire_mean_", "wire_pack_", "wire_unpack_"]
 
 LEVELS = {torch.int8: 127, torch.uint8: 7}  # uint8: two int4 a byte, the first in the low half
 
@@ -58,3 +58,19 @@ def wire_accumulate_(
         for start, at, first, rows, length in table.tolist():
             line = _decoded(values_of, scales_of, at, first, rows, length)
             sum[start : start + rows * length] += line.double() * weight
+
+
+def wire_mean_(
+    mean: Tensor,
+    sum: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    table: Tensor,
+    weights: list[float],
+    total: float,
+) -> None:
+    """mean = (sum + Σ weight · value) / total; ``sum`` float64, empty: 0. Each operation in float64, the last one
+    rounded to float32."""
+    sums = sum.clone() if len(sum) else torch.zeros_like(mean, dtype=torch.float64)
+    wire_accumulate_(sums, values, scales, table, weights)
+    mean.copy_(sums / total)

@@ -8,12 +8,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def _added_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The messages of a list are added together here, small as they are."""
-    monkeypatch.setattr("fibecfed_kernels.wire.mean.CACHED", 0)
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small tensors on one thread: on a busy machine a second one is waited for longer than the work takes."""

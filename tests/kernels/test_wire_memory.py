@@ -109,12 +109,23 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("more", [0, 1])
-def test_messages_of_a_list_are_added_together_where_the_sum_is_larger_than_a_cache(
-    monkeypatch: pytest.MonkeyPatch, more: int
-) -> None:
+def test_messages_of_a_list_are_added_all_at_once() -> None:
     plan, message = planned("float32")
-    monkeypatch.setattr("fibecfed_kernels.wire.mean.CACHED", plan.numel - more)
     with Calls() as calls:
         aggregate(plan, [message] * 3)
-    assert calls.names == ["wire_read_"] * 3 + ["wire_accumulate_"] * more
+    assert calls.names == ["wire_read_"] * 3 + ["wire_mean_"]
+    shifted = torch.cat([message.new_zeros(1), message])[1:]  # is copied, so it is added by itself
+    with Calls() as calls:
+        aggregate(plan, [message, shifted, message, message])
+    assert calls.names == ["wire_read_", "wire_accumulate_", "wire_read_", *["wire_read_"] * 2, "wire_mean_"]
+
+
+@pytest.mark.parametrize("at", [0, -4])
+def test_a_mean_may_be_written_over_a_message_that_it_is_of(at: int) -> None:
+    """Its first values are written while others are still to be read."""
+    plan, message = planned("float32")
+    messages = [message.clone() for _ in range(3)]
+    wanted = aggregate(plan, iter(messages), [1.0, 2.0, 4.0])
+    end = len(message) + at
+    out = messages[1][end - 4 * plan.numel : end].view(torch.float32)
+    assert torch.equal(aggregate(plan, messages, [1.0, 2.0, 4.0], out=out), wanted)

@@ -87,6 +87,13 @@ def test_bodies_are_equal_bit_for_bit(dtype: str) -> None:
     ops.wire_accumulate_(sums[0], [values, values], [scales, scales], table, [1 / 3, -7.0])
     reference.wire_accumulate_(sums[1], [values, values], [scales, scales], table, [1 / 3, -7.0])
     assert torch.equal(sums[0], sums[1])
+    means = torch.full((2, len(data)), torch.nan)
+    for before in (sums[0], sums[0][:0]):
+        arguments = before, [values, values], [scales, scales], table, [1 / 3, 7.0], 1 / 3 + 7.0
+        ops.wire_mean_(means[0], *arguments)
+        reference.wire_mean_(means[1], *arguments)
+        moved = torch.cat([torch.arange(start, start + rows * n) for start, _, _, rows, n in table.tolist()])
+        assert torch.equal(means[0][moved], means[1][moved])
 
 
 @needs_cpp
@@ -118,7 +125,9 @@ def test_opcheck(dtype: str) -> None:
     values, scales = values.clone(), scales.clone()
     torch.library.opcheck(ops.wire_unpack_.default, (values, scales, table, data.clone()))
     total = torch.zeros(len(data), dtype=torch.float64)
-    torch.library.opcheck(ops.wire_accumulate_.default, (total, [values, values], [scales, scales], table, [2.5, 1.0]))
+    both = [values, values], [scales, scales], table, [2.5, 1.0]
+    torch.library.opcheck(ops.wire_accumulate_.default, (total, *both))
+    torch.library.opcheck(ops.wire_mean_.default, (torch.zeros(len(data)), total, *both, 3.5))
 
 
 def test_opcheck_digest() -> None:
@@ -219,3 +228,9 @@ def test_messages_that_are_added_together_are_of_one_kind() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"wanted one (a message|dtype)"):
             ops.wire_accumulate_(sum, *arguments[:2], table, arguments[2])
+        with pytest.raises(RuntimeError, match=r"wanted one (a message|dtype)"):
+            ops.wire_mean_(sum.float(), sum, *arguments[:2], table, arguments[2], 1.0)
+    none = sum[:0]
+    for mean, start in ((torch.zeros(8), sum[:4]), (torch.zeros(3), none), (sum, none), (torch.zeros(8), none.float())):
+        with pytest.raises(RuntimeError, match=r"sum: wanted none|reaches outside|mean: wrong dtype|sum: wrong dtype"):
+            ops.wire_mean_(mean, start, [values], [scales], table, [1.0], 1.0)
