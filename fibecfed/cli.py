@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -194,6 +195,8 @@ def doctor() -> None:
 
 def main() -> None:
     """The entry point ``fibecfed``: a mistake in the command itself is one line too, not a box of several."""
+    # PEFT imports it where it is installed, and it warns of kernels that it lacks; the driver does not quantise
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except click.UsageError as error:
