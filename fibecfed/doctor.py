@@ -79,8 +79,9 @@ def _why(kind: str, chosen: str, registered: bool) -> str:
 def _versions() -> Table:
     table = _table("versions", "package", "version")
     table.add_row("python", platform.python_version())
+    builds = {"torch": torch.__version__}  # with what it is built for, which wheels of PyPI do not say
     for package in PACKAGES:
-        table.add_row(package, version(package) or "not installed")
+        table.add_row(package, builds.get(package) or version(package) or "not installed")
     return table
 
 
