@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fibecfed_kernels import backend, use_backend
 
-from .lora import HeadLinear, LoraPair, UnsupportedModuleError, lora_pairs
+from .lora import HeadLinear, LoraPair, UnsupportedModuleError, check_unmixed, lora_pairs
 from .sharing import Found, Seen, SharedInputs
 from .watching import ForwardWatch
 
@@ -83,6 +83,7 @@ class LoraBackward(ABC):
         if torch.is_inference_mode_enabled():
             raise FisherCaptureError(f"{self._what}: inference mode is on, in which nothing has a gradient")
         self._pairs = lora_pairs(self.model, self._allow_frozen)
+        check_unmixed(self.model)
         self._heads = self._find_heads()
         self._patched = self._patches()
         self._check_patched()
@@ -176,18 +177,24 @@ class LoraBackward(ABC):
             if missing:
                 raise FisherCaptureError(
                     f"{len(missing)} of {len(modules)} {kind} modules had no backward in the {self._what} block, the "
-                    f"first is {missing[0]}: run forward and backward inside the block, through every module"
+                    f"first is {missing[0]}: run forward and backward inside the block, through every module; what the "
+                    "model never uses wants no adapter (exclude_modules)"
                 )
         first, samples = next((module.name, count) for module, count in self._counts.items())
         for module, count in self._counts.items():
             if count != samples:
                 raise FisherCaptureError(
                     f"{module.name}: saw {count} samples where {first} saw {samples}; one of them has not the samples "
-                    "on its input's first axis"
+                    "on its input's first axis, and wants no adapter (exclude_modules)"
                 )
         wanted, whose = self.num_samples, "num_samples"
         if wanted is None and self.cu_seqlens is None:
             wanted, whose = self._watch.samples, "the first axis of the model's input; num_samples says another number"
+            if wanted is None:
+                raise FisherCaptureError(
+                    f"{self._what}: the number of samples cannot be seen, since the model was not called, or without a "
+                    "tensor; wanted num_samples"
+                )
         if wanted is not None and samples != wanted:
             raise FisherCaptureError(
                 f"{first}: saw {samples} samples, wanted {wanted} ({whose}); a module's input must have the samples on "

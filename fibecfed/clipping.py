@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fibecfed_kernels import clipped_grad, fisher_diag, use_backend
 
 from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of, past_its_module
-from .lora import HeadLinear, LoraPair, UnsupportedModuleError, trainable_linears
+from .lora import HeadLinear, LoraPair, check_unmixed, trainable_linears
 from .sharing import Found, Seen
 
 SMALLEST_NORM = 1e-14  # of what a backward brings: the squares of a thousandth of it are still float32 numbers
@@ -206,10 +204,7 @@ class _Head(torch.autograd.Function):
 
 def clippable_heads(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinear]:
     """What ``model`` trains beside LoRA, if all of it can be clipped by sample. Raises UnsupportedModuleError."""
-    for name, module in model.named_modules():
-        of_batch = isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
-        if of_batch or (isinstance(module, _InstanceNorm) and module.training and module.track_running_stats):
-            raise UnsupportedModuleError(f"{name}: {type(module).__name__} mixes the samples of a batch")
+    check_unmixed(model)
     return trainable_linears(model, pairs)
 
 

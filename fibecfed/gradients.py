@@ -25,18 +25,21 @@ class GradientViews:
     def __init__(self, entries: Sequence[Entry], parameters: Sequence[nn.Parameter], buffer: Tensor) -> None:
         self._entries, self._parameters, self._buffer = tuple(entries), tuple(parameters), buffer
         self._offsets = [buffer.element_size() * entry.offset for entry in entries]
+        self._reached: set[int] = set()  # by a backward pass, since the last zero_grad
         self.attach()
         for i, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(_keeper(weakref.ref(self), i, parameter.data_ptr()))
 
     def attach(self) -> None:
-        """Put the views in place; what else was in ``.grad`` is dropped."""
+        """Put the views in place, as if no backward pass had been; what else was in ``.grad`` is dropped."""
+        self._reached.clear()
         for i, parameter in enumerate(self._parameters):
             if not self._is_view(i):
                 parameter.grad = self._view(i)
 
     def take(self, i: int) -> None:
         """Copy the gradient of a parameter into the buffer, unless there is none or it lies there."""
+        self._reached.add(i)
         gradient = self._parameters[i].grad
         if gradient is not None and not self._is_view(i):
             with torch.no_grad():
@@ -44,7 +47,8 @@ class GradientViews:
 
     def collect(self) -> tuple[list[int], list[int]]:
         """Bring all gradients into the buffer. Returns which parameters' had to be brought, and which parameters are
-        not to be stepped: without a gradient (their part of the buffer is zeroed) or frozen."""
+        not to be stepped: without a gradient (their part of the buffer is zeroed) or frozen. One that no backward pass
+        has reached, while others were, has none if its part of the buffer is still zero."""
         brought, still, buffer = [], [], self._buffer.data_ptr()
         for i, (parameter, offset) in enumerate(zip(self._parameters, self._offsets, strict=True)):
             gradient = parameter.grad
@@ -53,7 +57,9 @@ class GradientViews:
             elif gradient.data_ptr() != buffer + offset:
                 self.take(i)
                 brought.append(i)
-            if gradient is None or not parameter.requires_grad:
+        for i, parameter in enumerate(self._parameters):
+            missed = bool(self._reached) and i not in self._reached and not bool(self._view(i).any())
+            if parameter.grad is None or not parameter.requires_grad or missed:
                 still.append(i)
         return brought, still
 

@@ -21,6 +21,12 @@ ADAPTER_KEYS = (
 )  # fmt: skip
 
 
+MEANING_KEYS = (  # that few adapters have: named where they are set
+    "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+BEGUN_APART = (True, False, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base model as it is
+
+
 def identity_of(model: nn.Module) -> Mapping[str, str]:
     """The base model's configuration (hashed), and the adapters'."""
     config = getattr(model, "config", None)
@@ -28,7 +34,7 @@ def identity_of(model: nn.Module) -> Mapping[str, str]:
     stable = {k: v for k, v in described.items() if k not in VOLATILE_CONFIG}
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
     adapters = {
-        name: {key: _plain(getattr(c, key, None)) for key in ADAPTER_KEYS}
+        name: {key: _plain(getattr(c, key, None)) for key in ADAPTER_KEYS} | _unusual(c)
         for name, c in getattr(model, "peft_config", {}).items()
     }
     return MappingProxyType(
@@ -37,6 +43,16 @@ def identity_of(model: nn.Module) -> Mapping[str, str]:
             "adapter": json.dumps(adapters, sort_keys=True),
         }
     )
+
+
+def _unusual(config: Any) -> dict[str, object]:
+    """What changes the meaning of an adapter's values and is seldom there. PiSSA and the like take their beginning out
+    of the base weights, which are others then."""
+    named = {key: _plain(getattr(config, key, None)) for key in MEANING_KEYS}
+    begun = getattr(config, "init_lora_weights", True)
+    if begun not in BEGUN_APART:
+        named["init_lora_weights"] = _plain(begun)
+    return {key: value for key, value in named.items() if value}
 
 
 def _plain(value: object) -> object:

@@ -10,6 +10,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .tree import unwrapped
@@ -111,6 +113,16 @@ def trainable_linears(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinea
         known.update(map(id, own.values()))
         heads.append(HeadLinear(path, module))
     return heads
+
+
+def check_unmixed(model: nn.Module) -> None:
+    """Raise UnsupportedModuleError for a module that mixes the samples of a batch as it stands now."""
+    for name, module in model.named_modules():
+        of_batch = isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
+        if of_batch or (isinstance(module, _InstanceNorm) and module.training and module.track_running_stats):
+            raise UnsupportedModuleError(
+                f"{name}: {type(module).__name__} mixes the samples of a batch, wanted it in eval mode"
+            )
 
 
 def _pairs_of(name: str, module: LoraLayer, allow_frozen: bool) -> Iterator[LoraPair]:

@@ -27,6 +27,8 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
             f"logits {tuple(logits.shape)}, labels {labels.dtype} {tuple(labels.shape)}: wanted (N, classes) and "
             "integers (N,); pass sample_loss for another task"
         )
+    if logits.shape[1] < 2:
+        raise ValueError("logits (N, 1): one class has nothing to tell apart, wanted sample_loss='regression'")
     return F.cross_entropy(wide(logits), labels, reduction="none", ignore_index=IGNORED)
 
 
@@ -91,6 +93,10 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     labels = _labels(batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "sample_loss: the labels of an encoder-decoder are its decoder's inputs, too; wanted a function"
+        )
     logits = _logits(model, batch)
     if logits.dim() != 3 or labels.shape != logits.shape[:2] or labels.is_floating_point():
         raise ValueError(

@@ -100,8 +100,9 @@ def dp_step(
                     "the modules' inputs, wanted one each"
                 )
             if model not in _CHECKED and len(losses) > 1:
-                check_sample_axis(model, few_of(part, len(losses)), loss_of)
-                _CHECKED.add(model)
+                few = few_of(part, len(losses))
+                if check_sample_axis(model, few, loss_of) or check_sample_axis(model, part, loss_of):
+                    _CHECKED.add(model)
             seen.append(DpStep(losses.detach().float(), clipped.scores, clipped.factors))
         _add_noise(parameters, std, divisor, generator)
         if accountant is not None and sample_rate is not None:

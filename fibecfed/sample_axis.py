@@ -17,9 +17,10 @@ FEW = 3  # samples that are looked at
 
 def check_sample_axis(
     model: nn.Module, batch: Mapping[str, Tensor], sample_loss: TaskName | SampleLoss = "classification"
-) -> None:
-    """See that the loss of one sample of ``batch`` reaches that sample's place on the first axis of every LoRA module's
-    output, and no other. In eval mode (the mode is put back); ``.grad`` is not touched.
+) -> bool:
+    """See that the loss of one sample of ``batch``, the largest, reaches that sample's place on the first axis of every
+    LoRA module's output, and no other. In eval mode (the mode is put back); ``.grad`` is not touched. Returns False
+    where that cannot be seen, since no loss has a gradient (all labels are −100, say).
 
     :class:`fibecfed.capture_fisher` and :class:`fibecfed.clip_sample_gradients` take what lies on that axis for the
     samples, and can check its length alone: a model that works on (T, N, d) inside, sorts the samples, or mixes them
@@ -35,7 +36,9 @@ def check_sample_axis(
     with eval_mode(model), torch.enable_grad(), _OneSample(model) as found:
         losses = own_losses(task.loss if isinstance(task, Task) else task, model, batch)
         found.num_samples = len(losses)
-        torch.autograd.grad(losses[0], found.weights, allow_unused=True)
+        found.place = int(losses.detach().nan_to_num(-1.0, -1.0, -1.0).argmax())
+        torch.autograd.grad(losses[found.place], found.weights, allow_unused=True)
+    return found.told
 
 
 def few_of(batch: Mapping[str, Tensor], samples: int) -> Mapping[str, Tensor]:
@@ -61,10 +64,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _OneSample(LoraBackward):
-    """The backward of the first sample's loss alone."""
+    """The backward of one sample's loss alone. ``told``: whether any of it was seen."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "sum")
+        self.place, self.told = 0, False
 
     @property
     def weights(self) -> list[Tensor]:
@@ -73,17 +77,18 @@ class _OneSample(LoraBackward):
     def _pair_backward(self, seen: Seen) -> tuple[None, None]:
         # what is not finite is some sample's own trouble, and may come from 0 · ∞
         reached = ((seen.grad_y != 0) & seen.grad_y.isfinite()).flatten(1).any(1)
-        reached[:1] = False
+        self.told |= bool(reached[self.place : self.place + 1].any())
+        reached[self.place : self.place + 1] = False
         if bool(reached.any()):
             others = ", ".join(map(str, reached.nonzero().flatten().tolist()[:5]))
             raise FisherCaptureError(
-                f"{seen.pair.name}: the loss of sample 0 reaches place {others} of its first axis, wanted 0 alone: the "
-                "samples must lie there, in order, and must not be mixed"
+                f"{seen.pair.name}: the loss of sample {self.place} reaches place {others} of its first axis, wanted "
+                f"{self.place} alone: the samples must lie there, in order, and must not be mixed"
             )
         return None, None
 
     def _check_counts(self) -> int:
-        """A module that the first sample does not come to is none that another does not come to."""
+        """A module that this sample does not come to is none that another does not come to."""
         assert self.num_samples is not None
         for module, count in self._counts.items():
             if count != self.num_samples:

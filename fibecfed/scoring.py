@@ -95,8 +95,8 @@ def score_samples(
                 found.append(_scored(model, batch, loss_of, weights, allow_frozen))
             scores.append(_mean([fisher.scores for fisher in found]))
             if not checked and len(scores[-1]) > 1:
-                check_sample_axis(model, few_of(batch, len(scores[-1])), loss_of)
-                checked = True
+                few = few_of(batch, len(scores[-1]))
+                checked = check_sample_axis(model, few, loss_of) or check_sample_axis(model, batch, loss_of)
             for name in found[0].module_scores:
                 parts.setdefault(name, []).append(_mean([fisher.module_scores[name] for fisher in found]))
             for name in found[0].diagonal:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .lora import LoraPair
+from .tree import unwrapped
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # samples come first
 
@@ -23,7 +25,11 @@ class ForwardWatch:
     def __init__(self, model: nn.Module, pairs: list[LoraPair]) -> None:
         self.samples: int | None = None
         self.mixed = ""
-        self._hooks = [model.register_forward_pre_hook(self._count, with_kwargs=True)]
+        inside = unwrapped(model)
+        self._inputs = (getattr(inside, "main_input_name", "input_ids"), *INPUTS)
+        base = inside.get_base_model() if isinstance(inside, PeftModel) else inside  # may be called by itself
+        watched = {id(module): module for module in (model, inside, base)}
+        self._hooks = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in watched.values()]
         # PEFT adds the argument on the way to each module, and leaves hooks of its own behind where anything is raised
         # there: this only takes note
         layers = {pair.name: pair.layer for pair in pairs}
@@ -36,9 +42,9 @@ class ForwardWatch:
             hook.remove()
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.samples = first_axis(kwargs.get(name) for name in INPUTS)
-        if self.samples is None:
-            self.samples = first_axis(args)
+        known = [kwargs[name] for name in self._inputs if name in kwargs]
+        found = first_axis([*known, *args, *kwargs.values()])
+        self.samples = self.samples if found is None else found
 
     def _note(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

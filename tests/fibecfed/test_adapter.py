@@ -232,6 +232,10 @@ def test_scaling_tells_adapters_apart_and_where_a_model_came_from_does_not() -> 
     plain, scaled = (FlatAdapter(tiny(alpha_pattern=pattern)).identity for pattern in ({}, {"query": 16}))
     assert plain["base_model"] == scaled["base_model"]
     assert plain["adapter"] != scaled["adapter"]
+    assert "trainable_token_indices" not in plain["adapter"]
+    for change in ({"trainable_token_indices": {"word_embeddings": [3, 4]}}, {"init_lora_weights": "olora"}):
+        assert FlatAdapter(tiny(**change)).identity["adapter"] != plain["adapter"]
+    assert FlatAdapter(tiny(init_lora_weights="gaussian")).identity == plain
     model = tiny()
     model.config.architectures = ["BertForSequenceClassification"]  # as from_pretrained sets it
     assert dict(FlatAdapter(model).identity) == dict(plain)

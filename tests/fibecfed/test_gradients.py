@@ -68,6 +68,17 @@ def one_without(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
+def one_unused(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step that does not come to the second block, nor to the head."""
+    for seed in range(3):
+        optimizer.zero_grad()
+        if seed == 1:
+            model(**batch(seed=seed), output_hidden_states=True).hidden_states[1][..., :8].square().sum().backward()
+        else:
+            backward(model, seed)
+        optimizer.step()
+
+
 def one_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     one = list(trained(model).values())[2]
     for seed in range(3):
@@ -78,7 +89,7 @@ def one_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("loop", [dropped, accumulated, assigned, clipped, one_without, one_frozen])
+@pytest.mark.parametrize("loop", [dropped, accumulated, assigned, clipped, one_without, one_unused, one_frozen])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_a_loop_trains_as_with_torchs_optimizer(loop: Loop, kind: str) -> None:
     ours, theirs = tiny(), tiny()
@@ -92,6 +103,24 @@ def test_a_loop_trains_as_with_torchs_optimizer(loop: Loop, kind: str) -> None:
     loop(theirs, wanted)
     for p, q in zip(trained(ours).values(), trained(theirs).values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_written_by_hand_are_stepped() -> None:
+    """Past any backward pass, or where one did not come to a parameter."""
+    model = tiny()
+    flat = FlatAdapter(model)
+    optimizer = MaskedSGD(flat, lr=1.0)
+    before = flat.data.detach().clone()
+    optimizer.zero_grad()
+    flat.grad.fill_(0.5)
+    optimizer.step()
+    torch.testing.assert_close(flat.data.detach(), before - 0.5)
+    optimizer.zero_grad()
+    model(**batch(), output_hidden_states=True).hidden_states[1].sum().backward()
+    flat.grad[flat.values(None)] = 0.25
+    head = flat.data.detach()[flat.values(None)].clone()
+    optimizer.step()
+    torch.testing.assert_close(flat.data.detach()[flat.values(None)], head - 0.25)
 
 
 def test_gradients_are_in_the_buffer_when_a_backward_pass_ends_with_and_without_a_capture() -> None:

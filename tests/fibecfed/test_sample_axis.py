@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fibecfed import (
     FisherCaptureError,
+    UnsupportedModuleError,
     capture_fisher,
     check_sample_axis,
     clip_sample_gradients,
@@ -123,15 +124,47 @@ def test_a_model_that_keeps_its_samples_apart_passes_untouched() -> None:
     given = samples(5, 3)
     given["x"][3] = float("nan")  # its own trouble
     given["labels"][1] = -100  # no loss: nothing to see
-    check_sample_axis(model, given, loss)
-    check_sample_axis(model, {name: value.flip(0) for name, value in given.items()}, loss)
-    check_sample_axis(tiny(), batch())
+    assert check_sample_axis(model, given, loss)
+    assert check_sample_axis(model, {name: value.flip(0) for name, value in given.items()}, loss)
+    assert check_sample_axis(tiny(), batch())
     assert model.training
     assert not model.base_model.model.b.training
     assert all(p.grad is None for p in model.parameters())
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         assert not any(getattr(module, hooks) for module in model.modules())
     assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
+
+
+def test_where_no_loss_has_a_gradient_nothing_was_seen_and_it_is_looked_again() -> None:
+    model, given = model_of(time_first), samples(3, 3)
+    none = {**given, "labels": torch.full((3,), -100)}
+    assert not check_sample_axis(model, none, loss)
+    one = {**none, "labels": none["labels"].index_fill(0, torch.tensor(1), 1)}
+    for seen in (given, one):
+        with pytest.raises(FisherCaptureError, match=r"first axis"):
+            check_sample_axis(model, seen, loss)
+        with pytest.raises(FisherCaptureError, match=r"first axis"):
+            score_samples(model, [none, seen], sample_loss=loss)
+    model, given = model_of(mixes), samples(7, 2)  # the three that are looked at first have no label
+    one = {**given, "labels": torch.full((7,), -100).index_fill(0, torch.tensor(1), 1)}
+    with pytest.raises(FisherCaptureError, match=r"first axis"):
+        score_samples(model, [one], sample_loss=loss)
+    none = {**given, "labels": torch.full((7,), -100)}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    kept = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4, "sample_loss": loss}
+    dp_step(model, none, optimizer, **kept)
+    with pytest.raises(FisherCaptureError, match=r"first axis"):
+        dp_step(model, one, optimizer, **kept)
+
+
+def test_a_module_that_mixes_samples_in_train_mode_is_refused_there() -> None:
+    model = model_of(normed).train()
+    with pytest.raises(UnsupportedModuleError, match=r"norm: BatchNorm1d mixes the samples of a batch, wanted"):
+        capture_fisher(model).__enter__()
+    model.eval()
+    with capture_fisher(model, "sum") as fisher:
+        loss(model, samples()).sum().backward()
+    assert fisher.scores.shape == (4,)
 
 
 def test_it_is_looked_at_in_eval_mode_and_modules_that_see_too_few_are_named() -> None:
@@ -155,8 +188,9 @@ def test_the_samples_looked_at_are_three_the_other_way_round_or_all() -> None:
 def test_the_axis_is_looked_at_once_a_data_set_and_once_a_model_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 
-    def look(model: nn.Module, given: Mapping[str, Tensor], sample_loss: object) -> None:
+    def look(model: nn.Module, given: Mapping[str, Tensor], sample_loss: object) -> bool:
         looked.append(len(given["x"]))
+        return True
 
     monkeypatch.setattr("fibecfed.scoring.check_sample_axis", look)
     monkeypatch.setattr("fibecfed.privacy.check_sample_axis", look)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fibecfed import SampleScores, capture_fisher, score_samples
 from fibecfed.losses import classification_loss, draw_classes
 from tests.fibecfed.test_capture import assert_close, loop_truth
-from tests.fibecfed.tiny import KINDS, LAYERS, batch, tiny
+from tests.fibecfed.tiny import HIDDEN, KINDS, LAYERS, batch, tiny
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +193,17 @@ def test_tasks_and_draws_that_do_not_fit_are_refused_by_name(bad: dict[str, Any]
 def test_what_cannot_be_scored_is_refused_by_name(changes: dict[str, Any], error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         score_samples(**{"model": tiny(), "loader": [batch()], **changes})
+
+
+def test_tasks_that_a_model_is_not_for_are_refused() -> None:
+    model = tiny("bert")
+    model.base_model.model.classifier = nn.Linear(HIDDEN, 1)
+    with pytest.raises(ValueError, match=r"logits \(N, 1\): one class has nothing to tell apart"):
+        score_samples(model, [{**batch(), "labels": torch.zeros(5, dtype=torch.long)}])
+    model.config.is_encoder_decoder = True
+    for task in ("causal_lm", "token_classification"):
+        with pytest.raises(ValueError, match="sample_loss: the labels of an encoder-decoder are its decoder's inputs"):
+            score_samples(model, [batch()], sample_loss=task)
 
 
 def test_labels_of_any_integer_type_and_ignored_ones() -> None:
