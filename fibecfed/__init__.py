@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .adapter import BrokenViewsError, FlatAdapter
     from .capture import FisherCaptureError, capture_fisher
     from .clipping import clip_sample_gradients
-    from .config import RunConfig
+    from .config import ConfigError, RunConfig, load_config
     from .lora import UnsupportedModuleError
     from .optim import MaskedAdamW, MaskedSGD
     from .privacy import DpStep, dp_step
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokenViewsError",
+    "ConfigError",
     "DpStep",
     "FisherCaptureError",
     "FlatAdapter",
@@ -37,6 +38,7 @@ __all__ = [
     "check_sample_axis",
     "clip_sample_gradients",
     "dp_step",
+    "load_config",
     "resume",
     "run",
     "score_samples",
@@ -46,7 +48,7 @@ _ROOMS = {
     "adapter": ("BrokenViewsError", "FlatAdapter"),
     "capture": ("FisherCaptureError", "capture_fisher"),
     "clipping": ("clip_sample_gradients",),
-    "config": ("RunConfig",),
+    "config": ("ConfigError", "RunConfig", "load_config"),
     "lora": ("UnsupportedModuleError",),
     "optim": ("MaskedAdamW", "MaskedSGD"),
     "privacy": ("DpStep", "dp_step"),
@@ -65,3 +67,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f".{room}", __name__), name)
     raise AttributeError(f"module 'fibecfed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

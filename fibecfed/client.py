@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,7 +119,11 @@ class Client:
         optimizer = self._optimizer(mask.to(self.flat.data.device), self._learning_rate(round_))
         total, samples = 0.0, 0
         diagonal: dict[str, Tensor] = {}
-        with torch.random.fork_rng(), _training(self.model), nullcontext() if live else frozen_below(self.flat, lowest):
+        with (
+            _forked(self.flat.data.device),
+            _training(self.model),
+            nullcontext() if live else frozen_below(self.flat, lowest),
+        ):
             torch.manual_seed(torch_seed(seed, "dropout", round_, device.index))
             for epoch in range(settings.epochs):
                 shuffle = stream(seed, "shuffle", round_, device.index, epoch) if settings.shuffle else None
@@ -230,3 +234,10 @@ def _training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.eval()
+
+
+def _forked(device: torch.device) -> AbstractContextManager[None]:
+    """Random states are put back, the CPU's and the device's own; by itself fork_rng initializes every other one."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng([device], device_type=device.type)

@@ -32,8 +32,8 @@ class RunConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="of every random choice")
     out: Text = Field(default="runs", description="folder that holds the runs")
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = Field(
-        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", "xpu" or "mps"'
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|xpu)(:\d+)?)$")] = Field(
+        default="auto", description='"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "xpu"'
     )
     autocast: bool = Field(default=False, description="bfloat16 autocast in forward and backward passes")
     data: Data = Data()

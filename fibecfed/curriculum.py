@@ -93,7 +93,7 @@ def order(scores: Tensor | ArrayLike, name: str = "easy_first", *, seed: int | N
     Raises ValueError for an unknown name, a NaN score, scores that are not 1-D, or random without a seed.
     """
     _check("name", name, name in ORDERS, f"one of {', '.join(ORDERS)}")
-    values = _vector("scores", scores)
+    values = _vector("scores", scores).astype(np.float64)  # minus an unsigned integer is another one
     if np.isnan(values).any():
         raise ValueError(f"scores: NaN at index {int(np.isnan(values).argmax())}, wanted numbers")
     if name == "random":

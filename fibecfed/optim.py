@@ -95,9 +95,13 @@ class _Masked(torch.optim.Optimizer):
                 wanted = self.flat.num_rows if name == "step" else self.flat.numel
                 if tensor.numel() != wanted:
                     raise ValueError(f"state_dict: {name} holds {tensor.numel()} values, wanted {wanted}")
+            if state["step"].dtype != torch.int32:
+                raise ValueError(f"state_dict: step is {state['step'].dtype}, wanted torch.int32")
         self._checked(groups[0]["mask"])
         self._check_options(groups[0])
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for state in self.state.values():  # torch leaves a state called "step" where it was saved
+            state["step"] = state["step"].to(self.flat.data.device)
         self.set_mask(self.mask)
 
     @torch.no_grad()
@@ -108,9 +112,9 @@ class _Masked(torch.optim.Optimizer):
         Called by a ``torch.amp.GradScaler`` it takes the gradients over the scale, in the same pass, and where one of
         the buffer's gradients overflowed, that of an inactive row too, nothing changes, step counts included.
 
-        Raises BrokenViewsError when the model's parameters left the buffer or all are frozen, and RuntimeError, naming
-        the parameter and its rows, when there is a ``max_grad_norm`` and the norm is not finite; nothing is changed
-        then.
+        Raises BrokenViewsError when the model's parameters left the buffer or all are frozen, and FloatingPointError,
+        naming the parameter and its rows, when there is a ``max_grad_norm`` and the norm is not finite; nothing is
+        changed then.
         """
         loss = None
         if closure is not None:
@@ -140,7 +144,9 @@ class _Masked(torch.optim.Optimizer):
         if scale is not None:
             norm = norm * scale
         if not norm.isfinite():
-            raise RuntimeError(f"max_grad_norm: the norm of the gradients is {norm.item()}{self._not_finite(mask)}")
+            raise FloatingPointError(
+                f"max_grad_norm: the norm of the gradients is {norm.item()}{self._not_finite(mask)}"
+            )
         self.grad_norm = norm
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         return factor if scale is None else factor * scale

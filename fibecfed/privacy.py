@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,7 +15,7 @@ from .lora import lora_pairs
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, few_of
 
-_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose samples lie where they should
+_CHECKED: WeakKeyDictionary[nn.Module, SampleLoss] = WeakKeyDictionary()  # the loss with which a model was seen
 
 
 class Accountant(Protocol):
@@ -71,8 +71,8 @@ def dp_step(
         accountant: its ``step(noise_multiplier=, sample_rate=)`` is called, just before the optimizer's; with
             ``sample_rate``.
 
-    In a model's first step it is seen, on a few of the samples, that a sample's loss reaches its own place in every
-    module alone, see :func:`fibecfed.check_sample_axis`: what is mixed could not be clipped.
+    In a model's first step with a loss it is seen, on a few of the samples, that a sample's loss reaches its own place
+    in every module alone, see :func:`fibecfed.check_sample_axis`: what is mixed could not be clipped.
 
     Raises as :class:`clip_sample_gradients` and :func:`fibecfed.check_sample_axis`, and ValueError or TypeError naming
     the argument; then no step was taken, parameters and optimizer are what they were, and ``.grad`` is untouched or
@@ -99,10 +99,10 @@ def dp_step(
                     f"sample_loss: {losses.numel()} losses for {clipped.scores.numel()} samples on the first axis of "
                     "the modules' inputs, wanted one each"
                 )
-            if model not in _CHECKED and len(losses) > 1:
+            if _CHECKED.get(model) != loss_of and len(losses) > 1:
                 few = few_of(part, len(losses))
                 if check_sample_axis(model, few, loss_of) or check_sample_axis(model, part, loss_of):
-                    _CHECKED.add(model)
+                    _CHECKED[model] = loss_of
             seen.append(DpStep(losses.detach().float(), clipped.scores, clipped.factors))
         _add_noise(parameters, std, divisor, generator)
         if accountant is not None and sample_rate is not None:

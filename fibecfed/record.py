@@ -130,7 +130,9 @@ class RecordWriter:
             self._file.truncate(content.rfind(b"\n") + 1)
 
     def write(self, record: Phase) -> None:
-        self._file.write(to_json(record).encode() + b"\n")
+        line = memoryview(to_json(record).encode() + b"\n")
+        while line:  # a disk that is all but full takes a part
+            line = line[self._file.write(line) :]
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ forced."""
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -20,8 +21,14 @@ try:
     from . import _C  # noqa: F401  registers the CPU bodies with torch.library
 
     HAS_CPP = True
-except ImportError:
+except ImportError as error:
     HAS_CPP = False
+    if importlib.util.find_spec(f"{__package__}._C") is not None:
+        warnings.warn(
+            f"the C++ extension fibecfed_kernels._C cannot be loaded ({error}); ops on the CPU run their reference. "
+            "Build it again with the torch that is installed",
+            stacklevel=2,
+        )
 
 _forced: ContextVar[Backend | None] = ContextVar("fibecfed_kernels_backend", default=None)
 

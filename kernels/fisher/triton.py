@@ -42,6 +42,7 @@ def _launch(
         (samples, tokens), total = first.shape[:2], 0
     else:
         samples, tokens, total = cu_seqlens.numel() - 1, 0, first.shape[0]
+        cu_seqlens = cu_seqlens.contiguous()  # the kernel reads it from its address on
     groups = sample_groups(samples, limit)
     matrices = len(plan.bounds) - 1
     if samples == 0 or plan.values == 0:

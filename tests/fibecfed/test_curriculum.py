@@ -143,6 +143,12 @@ def test_easy_first_is_a_stable_sort(scores: list[int]) -> None:
     assert order(np.array(scores), "hard_first").tolist() == sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
+def test_scores_of_any_number_type_are_ordered_by_value() -> None:
+    for scores in (np.array([0, 1, 2, 3], np.uint8), np.array([False, True, True, True]), torch.arange(4)):
+        assert order(scores, "hard_first")[-1] == 0
+        assert order(scores, "easy_first")[0] == 0
+
+
 def test_random_order_is_a_permutation_made_by_its_seed() -> None:
     a, b, c = (order(np.zeros(50), "random", seed=seed) for seed in (1, 1, 2))
     assert sorted(a.tolist()) == list(range(50))

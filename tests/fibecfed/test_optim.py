@@ -248,3 +248,26 @@ def test_a_state_of_another_optimizer_is_refused_and_changes_nothing() -> None:
 def test_a_copy_is_refused(copied: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match="MaskedSGD cannot be copied or pickled: it belongs to its FlatAdapter"):
         copied(MaskedSGD(FlatAdapter(tiny())))
+
+
+def test_step_counts_come_to_the_adapters_device_and_are_counts() -> None:
+    """torch leaves a state called "step" where it was saved; Trainer loads a checkpoint to the CPU."""
+    optimizer = MaskedAdamW(FlatAdapter(tiny()))
+    optimizer.flat.grad.fill_(1.0)
+    optimizer.step()
+    moved: list[object] = []
+
+    class Elsewhere(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            moved.append(args[0])
+            return super().to(*args, **kwargs).as_subclass(torch.Tensor)
+
+    state = optimizer.state_dict()
+    state["state"] = {0: {**state["state"][0], "step": state["state"][0]["step"].as_subclass(Elsewhere)}}
+    optimizer.load_state_dict(state)
+    assert optimizer.flat.data.device in moved
+    for dtype in (torch.int64, torch.float32):
+        bad = copy.deepcopy(optimizer.state_dict())
+        bad["state"][0]["step"] = bad["state"][0]["step"].to(dtype)
+        with pytest.raises(ValueError, match=rf"state_dict: step is {dtype}, wanted torch.int32"):
+            optimizer.load_state_dict(bad)

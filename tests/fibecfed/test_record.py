@@ -123,16 +123,6 @@ def test_a_written_run_reads_back_to_an_equal_one(tmp_path: Path) -> None:
     assert read_record(folder).name == "trial"
 
 
-def test_a_round_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    record = run_record((0.6, 0.7), end=False)
-    folder = write_run(tmp_path / "trial", replace(record, rounds=()))
-    with RecordWriter(folder) as writer:
-        for number, entry in enumerate(record.rounds, start=1):
-            writer.write(entry)
-            assert read_record(folder).rounds == record.rounds[:number]
-    assert read_record(folder).end is None
-
-
 def test_a_run_cut_anywhere_in_its_last_line_keeps_every_round_before_and_says_so(tmp_path: Path) -> None:
     record = run_record((0.6, 0.7), end=False)
     folder = write_run(tmp_path / "trial", record)

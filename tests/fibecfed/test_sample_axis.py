@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def loss(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(given["x"]).logits, given["labels"], reduction="none")
 
 
+KEPT: dict[str, Any] = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4, "sample_loss": loss}
+
+
 @pytest.mark.parametrize("way", [time_first, sorts, mixes, experts])
 def test_a_model_whose_first_axis_is_not_the_samples_is_refused_where_its_length_fits(
     way: Callable[[nn.Module, Tensor], Tensor],
@@ -111,7 +115,7 @@ def test_a_model_whose_first_axis_is_not_the_samples_is_refused_where_its_length
     with pytest.raises(FisherCaptureError, match=r"first axis"):
         score_samples(model, [given], sample_loss=loss)
     with pytest.raises(FisherCaptureError, match=r"first axis"):
-        dp_step(model, given, optimizer, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, sample_loss=loss)
+        dp_step(model, given, optimizer, **KEPT)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     with pytest.raises(FisherCaptureError, match=r"(base_model\.model\.[ab]: .*first axis)"):
@@ -151,10 +155,9 @@ def test_where_no_loss_has_a_gradient_nothing_was_seen_and_it_is_looked_again() 
         score_samples(model, [one], sample_loss=loss)
     none = {**given, "labels": torch.full((7,), -100)}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    kept = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4, "sample_loss": loss}
-    dp_step(model, none, optimizer, **kept)
+    dp_step(model, none, optimizer, **KEPT)
     with pytest.raises(FisherCaptureError, match=r"first axis"):
-        dp_step(model, one, optimizer, **kept)
+        dp_step(model, one, optimizer, **KEPT)
 
 
 def test_a_module_that_mixes_samples_in_train_mode_is_refused_there() -> None:
@@ -199,10 +202,10 @@ def test_the_axis_is_looked_at_once_a_data_set_and_once_a_model_in_steps(monkeyp
     score_samples(model, [samples(1), samples(5), samples(6)], sample_loss=loss)
     assert looked == [3]
     for n in (1, 2, 9):
-        dp_step(
-            model, samples(n), optimizer, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, sample_loss=loss
-        )
+        dp_step(model, samples(n), optimizer, **KEPT)
     assert looked == [3, 2]
+    dp_step(model, samples(4), optimizer, **{**KEPT, "sample_loss": lambda m, given: loss(m, given)})
+    assert looked == [3, 2, 3], "another loss may mix the samples"
 
 
 def test_modules_that_see_some_of_the_samples_are_refused_by_the_models_own_input() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +116,23 @@ def test_cpu_pairs_go_to_cpp_without_the_checks_in_python(monkeypatch):
         fisher.lora_fisher_diag(x, h, h, x)
     with pytest.raises(AssertionError, match="checked in Python"):
         fisher.lora_fisher_diag(x, h, h, x.double())
+
+
+def test_an_extension_that_cannot_be_loaded_is_said_and_the_reference_runs(tmp_path):
+    """Built for another torch, or cut off: not the same as none."""
+    package = tmp_path / "fibecfed_kernels"
+    shutil.copytree(Path(_dispatch.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    program = (  # an editable install would find the extension elsewhere
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "import fibecfed_kernels as k; print(k.__file__, k.backend('cpu'))"
+    )
+
+    def run():
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True)
+        assert found.stdout.decode().split() == [str(package / "__init__.py"), "reference"]
+        return found.stderr.decode()
+
+    assert "cannot be loaded" not in run()
+    (package / "_C.abi3.so").write_bytes(b"no library")
+    assert "the C++ extension fibecfed_kernels._C cannot be loaded" in run()

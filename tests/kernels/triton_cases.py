@@ -113,7 +113,8 @@ def test_packed_samples_give_the_truth_and_the_bits_of_padded_ones(dtype: torch.
     padded = [t * live[..., None] for t in (x, h[0], grad_h[0], grad_y[0])]
     packed = [t[live] for t in padded]
     cu_seqlens = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int()
-    found = lora_fisher_diag(*packed, cu_seqlens, weight_grad=True)
+    strided = torch.stack([cu_seqlens, cu_seqlens + 1], 1)[:, 0]
+    found = lora_fisher_diag(*packed, strided, weight_grad=True)
     assert_true(found.a, packed[0], packed[2], cu_seqlens)
     assert_true(found.b, packed[1], packed[3], cu_seqlens)
     dense = lora_fisher_diag(*padded, weight_grad=True)
