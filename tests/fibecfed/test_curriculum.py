@@ -228,6 +228,7 @@ def test_batches_grouped_by_length_hold_every_sample_once_and_pad_less() -> None
 
     grouped = batches(selection, 16, np.random.default_rng(1), lengths=lengths)
     assert sorted(np.concatenate(grouped)) == sorted(selection)
+    assert (np.diff([lengths[part].mean() for part in grouped]) < 0).any(), "short and long ones come in any order"
     assert padding(grouped) < 0.8 * padding(batches(selection, 16, np.random.default_rng(1)))
     assert [len(part) for part in batches(selection, 16, lengths=lengths)] == [16] * 5 + [10]
     same = batches(selection, 16, np.random.default_rng(1), lengths=lengths)
@@ -250,3 +251,8 @@ def test_a_stratified_order_holds_every_class_in_proportion_and_is_easy_first_in
         assert (np.diff(hard) <= 0).all()
     with pytest.raises(ValueError, match="labels"):
         stratified_order(scores, labels[:5])
+
+
+def test_a_stratified_order_puts_each_sample_at_the_middle_of_its_part_of_the_class() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1])  # keys 1/8, 3/8, 5/8, 7/8 and 1/4, 3/4
+    assert stratified_order(np.arange(6), labels).tolist() == [0, 4, 1, 2, 5, 3]

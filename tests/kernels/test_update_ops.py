@@ -195,3 +195,13 @@ def test_a_step_compiles_without_a_graph_break(compiler):
     step(*given.values())
     masked_adamw_(**{**wanted, "grad": wanted["grad"] * 2.0}, lr=1e-2)
     assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+
+
+def test_a_layout_that_fitted_one_mask_is_looked_at_again_with_another():
+    """What was checked is remembered, with what it was checked against."""
+    given = arguments()
+    with use_backend("reference"):
+        masked_adamw_(**given, lr=1e-2)
+        fewer = {**given, "mask": given["mask"][:11].clone(), "steps": given["steps"][:11].clone()}
+        with pytest.raises(ValueError, match="layout: "):
+            masked_adamw_(**fewer, lr=1e-2)

@@ -243,3 +243,13 @@ def test_a_flip_of_any_bit_is_refused(dtype: str) -> None:
                 plan.read(message)
             message[byte] ^= 1 << bit
     assert plan.read(message) == Message(6, 77)
+
+
+def test_a_header_longer_than_any_writers_is_refused_unread() -> None:
+    plan, _ = small()
+    limit = plan.max_bytes - 8 - sum(4 * n for n in (6, 2))  # of the header alone: two payloads travel beside it
+    for declared, words in ((limit + 1, "wanted at most"), (limit, "JSON")):
+        message = torch.zeros(declared + 16, dtype=torch.uint8)
+        message[:8] = torch.frombuffer(bytearray(struct.pack("<Q", declared)), dtype=torch.uint8)
+        with pytest.raises(WireError, match=words):
+            plan.read(message)
