@@ -190,9 +190,9 @@ class Gal(Section):
         default=0.01, description="γ, the bound of that noise on a whole sample, in units of the embeddings"
     )
     sensitivity_batch: Count = Field(default=16, description="samples of a device that its sensitivities are taken on")
-    lanczos_steps: Count = Field(default=8, description="Lanczos steps for the Hessian's spectrum")
-    lanczos_devices: Count = Field(default=2, description="devices asked for their spectrum")
-    lanczos_batch: Count = Field(default=16, description="samples of each in that one batch")
+    lanczos_steps: Count = Field(default=8, description="Lanczos steps for the Hessian's spectrum (thorough: 10)")
+    lanczos_devices: Count = Field(default=2, description="devices asked for their spectrum (thorough: 5)")
+    lanczos_batch: Count = Field(default=16, description="samples of each in that one batch (thorough: 32)")
 
     @model_validator(mode="before")
     @classmethod
