@@ -73,14 +73,14 @@ constexpr size_t kLine = 64 / sizeof(typename Kind::Wire);  // values
     }                                                                                                \
     for (; i < n; ++i) sum[i] += weight * static_cast<double>(kind::decode(w[i]));                   \
   }
-WIRE_CLONES inline void divide(const double* sum, float* mean, size_t n, double total) {
-  for (size_t i = 0; i < n; ++i) mean[i] = static_cast<float>(sum[i] / total);
-}
-
 WIRE_LOOPS(Float32)
 WIRE_LOOPS(BFloat16)
 WIRE_LOOPS(Float16)
 #undef WIRE_LOOPS
+
+WIRE_CLONES inline void divide(const double* sum, float* mean, size_t n, double total) {
+  for (size_t i = 0; i < n; ++i) mean[i] = static_cast<float>(sum[i] / total);
+}
 
 #define WIRE_INLINE __attribute__((always_inline)) inline
 

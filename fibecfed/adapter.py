@@ -42,8 +42,8 @@ class FlatAdapter:
     Parameters are ordered by transformer block, the head (whatever belongs to no block) last, and keep the model's
     order inside a block, so each layer is one slice of the buffer. Trainable parameters of another floating dtype
     become float32 (their modules' inputs are cast), as PEFT does for LoRA weights. Names are those inside wrappers
-    (torch.compile, DistributedDataParallel). Gradients come into the buffer
-    whatever a training loop does: see :class:`fibecfed.gradients.GradientViews`.
+    (torch.compile, DistributedDataParallel). Gradients come into the buffer whatever a training loop does: see
+    :class:`fibecfed.gradients.GradientViews`.
 
     Attributes:
         data: float32 nn.Parameter (numel,), the values; ``data.grad`` is ``grad``. grad: float32 (numel,).

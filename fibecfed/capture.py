@@ -30,9 +30,8 @@ class capture_fisher(LoraBackward):
     With g_n the gradient of sample n's own loss by all LoRA parameters: ``scores[n] = ‖g_n‖²`` (N,), the trace of that
     sample's empirical Fisher diagonal, ``module_scores[module]`` (N,) its parts, and ``diagonal[name] = Σ_n g_n²`` in
     the parameter's shape, all float32; names are those that the model has without wrappers (torch.compile,
-    DistributedDataParallel). The ordinary gradients (``.grad``) are made by the same kernel and are what they
-    would be without the block; so is the loss. Task heads and other trainable parameters get their gradients but are
-    not scored.
+    DistributedDataParallel). The ordinary gradients (``.grad``) are made by the same kernel and are what they would be
+    without the block; so is the loss. Task heads and other trainable parameters get their gradients but are not scored.
 
     Args:
         model: a PEFT model with LoRA on nn.Linear modules.

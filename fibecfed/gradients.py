@@ -58,8 +58,8 @@ class GradientViews:
                 self.take(i)
                 brought.append(i)
         for i, parameter in enumerate(self._parameters):
-            missed = bool(self._reached) and i not in self._reached and not bool(self._view(i).any())
-            if parameter.grad is None or not parameter.requires_grad or missed:
+            missed = bool(self._reached) and i not in self._reached
+            if parameter.grad is None or not parameter.requires_grad or (missed and not bool(self._view(i).any())):
                 still.append(i)
         return brought, still
 

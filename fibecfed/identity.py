@@ -19,8 +19,6 @@ ADAPTER_KEYS = (
     "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
     "lora_bias", "target_modules",
 )  # fmt: skip
-
-
 MEANING_KEYS = (  # that few adapters have: named where they are set
     "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
 )  # fmt: skip

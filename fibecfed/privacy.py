@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,7 +16,8 @@ from .lora import lora_pairs
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, few_of
 
-_CHECKED: WeakKeyDictionary[nn.Module, SampleLoss] = WeakKeyDictionary()  # the loss with which a model was seen
+# the loss with which a model was seen last; weak, for a loss may hold on to its model
+_CHECKED: WeakKeyDictionary[nn.Module, ref[SampleLoss]] = WeakKeyDictionary()
 
 
 class Accountant(Protocol):
@@ -99,10 +101,11 @@ def dp_step(
                     f"sample_loss: {losses.numel()} losses for {clipped.scores.numel()} samples on the first axis of "
                     "the modules' inputs, wanted one each"
                 )
-            if _CHECKED.get(model) != loss_of and len(losses) > 1:
+            known = _CHECKED.get(model)
+            if (known is None or known() != loss_of) and len(losses) > 1:
                 few = few_of(part, len(losses))
                 if check_sample_axis(model, few, loss_of) or check_sample_axis(model, part, loss_of):
-                    _CHECKED[model] = loss_of
+                    _CHECKED[model] = WeakMethod(loss_of) if isinstance(loss_of, MethodType) else ref(loss_of)
             seen.append(DpStep(losses.detach().float(), clipped.scores, clipped.factors))
         _add_noise(parameters, std, divisor, generator)
         if accountant is not None and sample_rate is not None:

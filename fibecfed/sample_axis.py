@@ -36,7 +36,7 @@ def check_sample_axis(
     with eval_mode(model), torch.enable_grad(), _OneSample(model) as found:
         losses = own_losses(task.loss if isinstance(task, Task) else task, model, batch)
         found.num_samples = len(losses)
-        found.place = int(losses.detach().nan_to_num(-1.0, -1.0, -1.0).argmax())
+        found.place = int(losses.detach().abs().nan_to_num(-1.0, -1.0).argmax())
         torch.autograd.grad(losses[found.place], found.weights, allow_unused=True)
     return found.told
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +100,10 @@ def loss(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(given["x"]).logits, given["labels"], reduction="none")
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+
 KEPT: dict[str, Any] = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4, "sample_loss": loss}
 
 
@@ -154,7 +161,7 @@ def test_where_no_loss_has_a_gradient_nothing_was_seen_and_it_is_looked_again() 
     with pytest.raises(FisherCaptureError, match=r"first axis"):
         score_samples(model, [one], sample_loss=loss)
     none = {**given, "labels": torch.full((7,), -100)}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer = optimizer_of(model)
     dp_step(model, none, optimizer, **KEPT)
     with pytest.raises(FisherCaptureError, match=r"first axis"):
         dp_step(model, one, optimizer, **KEPT)
@@ -198,7 +205,7 @@ def test_the_axis_is_looked_at_once_a_data_set_and_once_a_model_in_steps(monkeyp
     monkeypatch.setattr("fibecfed.scoring.check_sample_axis", look)
     monkeypatch.setattr("fibecfed.privacy.check_sample_axis", look)
     model = model_of(plain)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer = optimizer_of(model)
     score_samples(model, [samples(1), samples(5), samples(6)], sample_loss=loss)
     assert looked == [3]
     for n in (1, 2, 9):
@@ -206,6 +213,11 @@ def test_the_axis_is_looked_at_once_a_data_set_and_once_a_model_in_steps(monkeyp
     assert looked == [3, 2]
     dp_step(model, samples(4), optimizer, **{**KEPT, "sample_loss": lambda m, given: loss(m, given)})
     assert looked == [3, 2, 3], "another loss may mix the samples"
+    gone = weakref.ref(held := model_of(plain))
+    dp_step(held, samples(4), optimizer_of(held), **{**KEPT, "sample_loss": partial(lambda _, m, g: loss(m, g), held)})
+    del held
+    gc.collect()
+    assert gone() is None, "a loss that holds on to its model"
 
 
 def test_modules_that_see_some_of_the_samples_are_refused_by_the_models_own_input() -> None:
