@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fibecfed_kernels import clipped_grad, fisher_diag, use_backend
 
 from .backward import FisherCaptureError, Forward, LoraBackward, as_batch, backend_of, past_its_module
-from .lora import HeadLinear, LoraPair, check_unmixed, trainable_linears
+from .lora import HeadLinear, trainable_linears
 from .sharing import Found, Seen
 
 SMALLEST_NORM = 1e-14  # of what a backward brings: the squares of a thousandth of it are still float32 numbers
@@ -116,7 +116,7 @@ class clip_sample_gradients(LoraBackward):
             self._kept, self._hooks = [], []
 
     def _find_heads(self) -> list[HeadLinear]:
-        return clippable_heads(self.model, self._pairs)
+        return trainable_linears(self.model, self._pairs)
 
     def _patches(self) -> dict[nn.Linear, Forward]:
         return {**super()._patches(), **{head.linear: self._forward_head(head) for head in self._heads}}
@@ -200,12 +200,6 @@ class _Head(torch.autograd.Function):
             with torch.autocast(grad_y.device.type, enabled=False):
                 grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype).view(ctx.x_shape)
         return grad_x, None, None, None, None
-
-
-def clippable_heads(model: nn.Module, pairs: list[LoraPair]) -> list[HeadLinear]:
-    """What ``model`` trains beside LoRA, if all of it can be clipped by sample. Raises UnsupportedModuleError."""
-    check_unmixed(model)
-    return trainable_linears(model, pairs)
 
 
 def _refuse(name: str) -> Any:

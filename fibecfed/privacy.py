@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .backward import FisherCaptureError
-from .clipping import accumulate, checked_number, clip_sample_gradients, clippable_heads
-from .lora import lora_pairs
+from .clipping import accumulate, checked_number, clip_sample_gradients
+from .lora import lora_pairs, trainable_linears
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, few_of
 
@@ -134,7 +134,7 @@ def _checked_model(
     parts = [batches] if isinstance(batches, Mapping) else batches
     if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError(f"batches: {type(batches).__name__}, wanted a dict of tensors or a sequence of them")
-    clippable_heads(model, lora_pairs(model, allow_frozen=True))
+    trainable_linears(model, lora_pairs(model, allow_frozen=True))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in named.items():
         if p.dtype != torch.float32:
