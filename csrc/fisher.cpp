@@ -74,11 +74,11 @@ void write_result(const Task& task, const Matrix& matrix, const float* strip, fl
   float* out = result + task.row * row_stride + task.column * column_stride;
   if (matrix.transposed) {
     for (int64_t j = 0; j < task.columns; ++j) {
-      for (int64_t i = 0; i < task.rows; ++i) out[i + j * column_stride] = strip[i * task.strip + j];
+      for (int64_t i = 0; i < task.rows; ++i) out[i + j * column_stride] = strip[i * kStrip + j];
     }
   } else {
     for (int64_t i = 0; i < task.rows; ++i) {
-      for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j] = strip[i * task.strip + j];
+      for (int64_t j = 0; j < task.columns; ++j) out[i * row_stride + j] = strip[i * kStrip + j];
     }
   }
 }
@@ -92,18 +92,16 @@ Fisher fisher(
     const float* weights, std::vector<int64_t> scores_shape, std::vector<int64_t> shape) {
   const int64_t samples = static_cast<int64_t>(bounds.size()) - 1, tokens = bounds.back();
   const std::vector<Task> tasks = plan(matrices, samples);
-  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0, product_numel = 0, strip_numel = 0;
+  int64_t numel = 0, bytes = 0, groups = 1, rows = 1, score_parts = 0;
   for (const Matrix& of : matrices) {
     const int64_t thin = of.thin.features, wide = of.wide.features;
     numel += thin * wide;
     bytes += tokens * (thin + wide) * 4 + tokens * thin * wide / 4;  // a core multiplies 8 values while it moves one
     groups = std::max(groups, of.groups);
     rows = std::max(rows, std::min(thin, kTaskRows));
-    const auto [strip, chunk] = shape_of(thin);
-    product_numel = std::max(product_numel, std::min(thin, kTaskRows) * strip);
-    strip_numel = std::max(strip_numel, strip * chunk);
     score_parts += of.score_parts;
   }
+  const int64_t product_numel = rows * kStrip;
   using fibecfed::empty_floats;
   const std::vector<int64_t> none{0};
   Fisher result{empty_floats(scores_shape), empty_floats(shape), empty_floats(weight_grad ? shape : none)};
@@ -120,10 +118,10 @@ Fisher fisher(
   const auto run = FIBECFED_BEST(run_task);
   fibecfed::parallel_tasks(static_cast<int64_t>(tasks.size()), bytes, [&](const auto& next) {
     const std::unique_ptr<float[]> buffer(
-        new float[kMostChunk * rows + strip_numel + (weight_grad ? 3 : 2) * product_numel]);
-    float* const product = buffer.get() + kMostChunk * rows + strip_numel;
+        new float[kChunk * (rows + kStrip) + (weight_grad ? 3 : 2) * product_numel]);
+    float* const product = buffer.get() + kChunk * (rows + kStrip);
     const Scratch scratch{
-        buffer.get(), buffer.get() + kMostChunk * rows, product, product + product_numel,
+        buffer.get(), buffer.get() + kChunk * rows, product, product + product_numel,
         weight_grad ? product + 2 * product_numel : nullptr};
     const auto take = [&]() -> const Task* {
       const int64_t i = next();

@@ -60,12 +60,18 @@ static const void* address(const Operand& of, int64_t token, int64_t column) {
   return static_cast<const char*>(of.data) + (token * of.features + column) * size;
 }
 
-// The strip of a task from a token on; nothing where there is no task.
-static Ahead strip_ahead(const Task* task, int64_t token) {
-  if (task == nullptr) return {};
-  const int64_t size = task->wide.dtype == Dtype::float32 ? 4 : 2;
-  const char* row = static_cast<const char*>(address(task->wide, token, task->column));
-  return {row, row, task->columns * size, task->columns * size, task->wide.features * size};
+// The strip of a task over `tokens` from `token` on, to be fetched while `now` tokens are computed.
+static Ahead strip_ahead(const Task& task, int64_t token, int64_t tokens, int64_t now) {
+  if (tokens == 0) return {};
+  const int64_t size = task.wide.dtype == Dtype::float32 ? 4 : 2;
+  const char* row = static_cast<const char*>(address(task.wide, token, task.column));
+  return {row, row, task.columns * size, task.columns * size, task.wide.features * size, tokens,
+          (tokens + now - 1) / now};
+}
+
+// The first chunk of a sample.
+static Ahead sample_ahead(const Task& task, int64_t sample, const int64_t* bounds, int64_t now) {
+  return strip_ahead(task, bounds[sample], chunk_of(bounds[sample + 1] - bounds[sample]), now);
 }
 
 // A tile's part of a strip. in_place: read where it lies; else it is converted once into scratch, tile after tile.
@@ -92,44 +98,48 @@ static void load_strip(bool as_pairs, const Task& task, int64_t token, int64_t t
   for (int64_t t = 0; t < tokens && first < task.columns; t += step) {
     for (int64_t at = first; at < task.columns; at += tile_width) {
       const Column c = column_of(task, at);
-      float* const to = scratch + at * task.chunk + t / step * c.width;
+      float* const to = scratch + at * kChunk + t / step * c.width;
       load(as_pairs, task.wide, token + t, tokens - t < step ? 1 : step, task.column + at, c.count, c.width, to);
     }
   }
 }
 
-// The sample of tokens [begin, end): its gradient P, restricted to the task's rows and columns, chunk by chunk; at the
-// last, diag += P squared and weight_grad += weight * P. Returns the sum of the squares, added in an order of its own.
+// Sample n: its gradient P, restricted to the task's rows and columns, chunk by chunk; at the last, diag += P squared
+// and weight_grad += weight * P. Returns the sum of the squares, added in an order of its own.
 // `following`: the task that comes next, asked for at the last chunk of a task's last sample, unless that is its first:
 // nobody should hold two tasks who has hardly begun with one.
 static double add_sample(
-    const Task& task, int64_t begin, int64_t end, float weight, const Scratch& scratch, const int64_t* bounds,
-    Following* following) {
+    const Task& task, int64_t n, const int64_t* bounds, float weight, const Scratch& scratch, Following* following) {
+  const int64_t begin = bounds[n], end = bounds[n + 1], chunk = chunk_of(end - begin);
   const bool thin_in_place = task.thin.dtype == Dtype::float32;
   const int64_t thin_stride = thin_in_place ? task.thin.features : task.rows;
   const bool as_pairs = FIBECFED_BF16 && task.wide.dtype == Dtype::bfloat16;
   Doubles squares = {};
-  for (int64_t token = begin; token < end; token += task.chunk) {
-    const int64_t tokens = end - token < task.chunk ? end - token : task.chunk;
-    const bool last = token + tokens == end;
+  for (int64_t token = begin; token < end; token += chunk) {
+    const int64_t left = end - token, tokens = left < chunk ? left : chunk;
+    const bool last = tokens == left;
     if (!thin_in_place) load(as_pairs, task.thin, token, tokens, task.row, task.rows, task.rows, scratch.thin);
     const float* thin = thin_in_place ? static_cast<const float*>(address(task.thin, token, task.row)) : scratch.thin;
-    Ahead none{}, ahead = strip_ahead(&task, token + tokens);
-    if (last && following != nullptr && token > bounds[task.first_sample]) {
+    Ahead none{}, ahead{};
+    if (!last) {
+      ahead = strip_ahead(task, token + tokens, left - tokens < chunk ? left - tokens : chunk, tokens);
+    } else if (n + 1 < task.last_sample) {
+      ahead = sample_ahead(task, n + 1, bounds, tokens);
+    } else if (token > bounds[task.first_sample]) {
       const Task* next = following->ask();
-      ahead = strip_ahead(next, next == nullptr ? 0 : bounds[next->first_sample]);
+      if (next != nullptr) ahead = sample_ahead(*next, next->first_sample, bounds, tokens);
     }
     load_strip(as_pairs, task, token, tokens, scratch.wide);
     for (int64_t at = 0; at < task.columns; at += kVectors * kLanes) {
       const Column c = column_of(task, at);
-      const void* wide = c.in_place ? address(task.wide, token, task.column + at) : scratch.wide + at * task.chunk;
+      const void* wide = c.in_place ? address(task.wide, token, task.column + at) : scratch.wide + at * kChunk;
       for (int64_t row = 0; row < task.rows; row += kRows) {
         const int rows = task.rows - row < kRows ? static_cast<int>(task.rows - row) : kRows;
-        const int64_t place = row * task.strip + at;
+        const int64_t place = row * kStrip + at;
         const Sums sums{
             scratch.product + place, scratch.diag + place,
             scratch.weight_grad == nullptr ? nullptr : scratch.weight_grad + place,
-            task.strip, c.count, weight, &squares, token == begin, last};
+            kStrip, c.count, weight, &squares, token == begin, last};
         tile_of(as_pairs, c.in_place, task.wide.dtype, rows, c.vectors)(
             tokens, thin + row, thin_stride, wide, c.in_place ? task.wide.features : c.width, sums,
             row == 0 ? &ahead : &none);
@@ -146,13 +156,12 @@ static double add_sample(
 static void run_task(
     const Task& task, const int64_t* bounds, const float* weights, double* scores, int64_t scores_stride,
     const Scratch& scratch, Following* following) {
-  for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.diag[i] = 0.0f;
+  for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.diag[i] = 0.0f;
   if (scratch.weight_grad != nullptr) {
-    for (int64_t i = 0; i < task.rows * task.strip; ++i) scratch.weight_grad[i] = 0.0f;
+    for (int64_t i = 0; i < task.rows * kStrip; ++i) scratch.weight_grad[i] = 0.0f;
   }
   for (int64_t n = task.first_sample; n < task.last_sample; ++n) {
-    scores[n * scores_stride] = add_sample(
-        task, bounds[n], bounds[n + 1], weights == nullptr ? 1.0f : weights[n], scratch, bounds,
-        n + 1 == task.last_sample ? following : nullptr);
+    const float weight = weights == nullptr ? 1.0f : weights[n];
+    scores[n * scores_stride] = add_sample(task, n, bounds, weight, scratch, following);
   }
 }

@@ -49,7 +49,7 @@ static void pair_tile(
         w[v] = pairs_of(values + v * kLanes, t + 1 < tokens ? values + wide_stride + v * kLanes : nullptr);
       }
     }
-    if (ahead.at != nullptr) fetch(ahead, 4 * vectors * kLanes);
+    fetch(ahead, 4 * vectors * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       const __m512i pair = _mm512_set1_epi32(static_cast<int>(pairs[i]));

@@ -13,9 +13,14 @@
 namespace fisher_plan {
 
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kMostChunk = 64;
+// Columns of a strip, a multiple of every register tile's: few, so that P and Σ P² of a LoRA pair's rows stay in the
+// first-level cache.
+constexpr int64_t kStrip = 192;
+// Tokens between two additions to P: many, since each costs as much as some tokens, but two chunks of a strip must lie
+// in the second-level cache, one being read, one on its way, even where rows are 16 KB apart and meet in few of its sets.
+constexpr int64_t kChunk = 64;
 constexpr int64_t kGroupSamples = 8;
-constexpr int64_t kMostGroups = 32;
+constexpr int64_t kMatrixTasks = 16;
 
 enum class Dtype { float32, bfloat16, float16 };
 
@@ -28,8 +33,6 @@ struct Operand {
 struct Task {
   Operand thin, wide;
   int64_t row, rows, column, columns;
-  int64_t strip;  // columns of a whole task, the row stride of P
-  int64_t chunk;  // tokens between two additions to P
   int64_t first_sample, last_sample;
   int64_t matrix, group, score_part;
 };
@@ -47,25 +50,19 @@ inline Matrix matrix(const Operand& x, const Operand& grad, int64_t offset) {
   return {transposed ? x : grad, transposed ? grad : x, transposed, offset, 1, 0, 0};
 }
 
-struct Shape {
-  int64_t strip, chunk;
-};
-
-// A thin operand of few rows is bound by memory: the strip is wide, so that what is fetched ahead lies in long pieces,
-// and the chunk such that two of them fit into the second-level cache. With many rows both operands should stay in the
-// first. Found by measuring.
-inline Shape shape_of(int64_t rows) {
-  if (rows <= 8) return {1024, 32};
-  if (rows <= 16) return {512, 32};
-  return {192, kMostChunk};
-}
-
-// Samples of a task. A matrix with many rows has tasks enough without groups, and its partial sums would be as large as
-// gradients; a narrow one has few strips, and a small batch of it wants more groups for its cores.
+// Samples of a task: strips alone often give tasks enough, and every further group has partial sums of its own, to be
+// added to the others'. A matrix with many rows has no groups, as its partial sums would be as large as gradients.
 inline int64_t group_of(int64_t samples, int64_t rows, int64_t strips) {
   if (rows > kTaskRows) return samples;
-  const int64_t least = strips < 4 && samples <= 2 * kGroupSamples ? kGroupSamples / 2 : kGroupSamples;
-  return std::max(least, (samples + kMostGroups - 1) / kMostGroups);
+  const int64_t groups = (kMatrixTasks + strips - 1) / strips;
+  return std::max(kGroupSamples, (samples + groups - 1) / groups);
+}
+
+// The tokens of a sample in chunks of one size, an even one for the kernel that takes tokens in pairs.
+inline int64_t chunk_of(int64_t tokens) {
+  if (tokens <= kChunk) return tokens;
+  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
+  return ((tokens + chunks - 1) / chunks + 1) / 2 * 2;
 }
 
 inline std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
@@ -75,18 +72,17 @@ inline std::vector<Task> plan(std::vector<Matrix>& matrices, int64_t samples) {
     Matrix& of = matrices[m];
     const int64_t thin = of.thin.features, wide = of.wide.features;
     of.first_score_part = score_parts;
-    const auto [strip, chunk] = shape_of(thin);
-    const int64_t strips = (wide + strip - 1) / strip;
+    const int64_t strips = (wide + kStrip - 1) / kStrip;
     const int64_t group = group_of(samples, thin, strips);
     of.score_parts = ((thin + kTaskRows - 1) / kTaskRows) * strips;
     of.groups = std::max<int64_t>(1, group == 0 ? 1 : (samples + group - 1) / group);
     for (int64_t g = 0; g < of.groups; ++g) {
       int64_t part = score_parts;
       for (int64_t row = 0; row < thin; row += kTaskRows) {
-        for (int64_t column = 0; column < wide; column += strip) {
+        for (int64_t column = 0; column < wide; column += kStrip) {
           tasks.push_back(
-              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(strip, wide - column), strip,
-               chunk, g * group, std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
+              {of.thin, of.wide, row, std::min(kTaskRows, thin - row), column, std::min(kStrip, wide - column),
+               g * group, std::min(samples, (g + 1) * group), static_cast<int64_t>(m), g, part++});
         }
       }
     }

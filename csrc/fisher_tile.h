@@ -10,18 +10,24 @@ constexpr int kLanes = FIBECFED_LANES;
 // to foresee, and fetching into the first level can only keep a few lines on their way.
 struct Ahead {
   const char *at, *row;
-  int64_t left, row_bytes, stride;
+  int64_t left, row_bytes, stride, rows;
+  int64_t times;  // as many bytes for each one read, since the next chunk may be longer; 0: nothing is to be fetched
 };
 
 static inline __attribute__((always_inline)) void fetch(Ahead& ahead, int bytes) {
+  for (int64_t k = ahead.times; k > 0; --k) {
 #pragma GCC unroll 8
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead.at + i, 0, 2);
-  ahead.at += bytes;
-  ahead.left -= bytes;
-  if (ahead.left <= 0) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead.at + i, 0, 2);
+    ahead.at += bytes;
+    ahead.left -= bytes;
+    if (ahead.left > 0) continue;
     ahead.row += ahead.stride;
     ahead.at = ahead.row;
     ahead.left = ahead.row_bytes;
+    if (--ahead.rows == 0) {
+      ahead.times = 0;
+      break;
+    }
   }
 }
 
@@ -128,7 +134,7 @@ static void register_tile(
     Vector w[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) w[v] = read(wide + v * kLanes);
-    if (ahead.at != nullptr) fetch(ahead, vectors * kLanes * static_cast<int>(sizeof(Element)));
+    fetch(ahead, vectors * kLanes * static_cast<int>(sizeof(Element)));
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
