@@ -90,7 +90,7 @@ class FlatAdapter:
         self._parameters = [p for _, p in named]
         for entry, parameter in zip(self.entries, self._parameters, strict=True):
             if parameter.dtype != torch.float32:
-                _cast_inputs(model, entry.name)
+                take_as_float32(model.get_submodule(entry.name.rpartition(".")[0]))
             parameter.grad = None
             parameter.data = _own_storage(buffer[entry.offset : entry.offset + entry.numel].view(entry.shape))
         self._tree = ModelTree(model, [name for name, _ in named], self._parameters)
@@ -268,9 +268,8 @@ def _check_neighbours(model: nn.Module, entry: Entry, dtype: torch.dtype) -> Non
         )
 
 
-def _cast_inputs(model: nn.Module, name: str) -> None:
-    """Cast floating inputs of the module that owns a parameter to float32, once: its weight is float32 now."""
-    module = model.get_submodule(name.rpartition(".")[0])
+def take_as_float32(module: nn.Module) -> None:
+    """Cast a module's floating inputs to float32, as its weights are, in a model of another dtype."""
     if not getattr(module, "_fibecfed_float32", False):
         module._fibecfed_float32 = True  # type: ignore[assignment]
         module.register_forward_pre_hook(_to_float32)

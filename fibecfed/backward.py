@@ -77,6 +77,7 @@ class LoraBackward(ABC):
         self._counts: dict[LoraPair | HeadLinear, int] = {}
         self._patched: dict[nn.Linear, Forward] = {}
         self._watch: ForwardWatch | None = None
+        self._tokens: int | None = None  # where cu_seqlens ends
         self._shared = SharedInputs(self._take)
 
     def __enter__(self) -> Self:
@@ -92,6 +93,8 @@ class LoraBackward(ABC):
             # an instance attribute, so that forward hooks, names and state_dict of the modules stay what they are
             linear.forward = _Patch(forward)  # type: ignore[assignment,method-assign]
         self._watch = ForwardWatch(self.model, self._pairs)
+        if self.cu_seqlens is not None and self.cu_seqlens.dim() == 1 and len(self.cu_seqlens) > 0:  # else ops say so
+            self._tokens = int(self.cu_seqlens[-1])
         return self
 
     def __exit__(
@@ -161,7 +164,8 @@ class LoraBackward(ABC):
         if module in self._counts:
             raise FisherCaptureError(
                 f"{module.name}: seen twice in one {self._what} block (used twice in one forward, or two backward "
-                "passes); its gradients must be summed before squaring, which one block cannot do"
+                "passes); its gradients must be summed before squaring, which one block cannot do: a block for each "
+                "backward pass, and no adapter on a module that one forward uses twice (exclude_modules)"
             )
         self._counts[module] = x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
@@ -276,6 +280,11 @@ class _LoraA(torch.autograd.Function):
             raise FisherCaptureError(f"{ctx.pair.name}: its input is {tuple(x.shape)}, wanted the samples on an axis")
         h, grad_y = stash.pop("h"), stash.pop("grad_y")
         x_n, h_n, grad_h_n, grad_y_n = (as_batch(t.to(x.dtype), taker.cu_seqlens) for t in (x, h, grad_h, grad_y))
+        if taker._tokens not in (None, len(x_n)):
+            raise FisherCaptureError(
+                f"{ctx.pair.name}: saw {len(x_n)} tokens where cu_seqlens ends at {taker._tokens}; a module behind a "
+                "pooling wants no adapter (exclude_modules)"
+            )
         taker._count(ctx.pair, x_n)
         with use_backend(ctx.backend):
             grad_a, grad_b = taker._pair_backward(Seen(ctx.pair, x_n, h_n, grad_h_n, grad_y_n))

@@ -105,17 +105,17 @@ def no_samples(tokenizer: Any) -> Encoded:
     return Encoded(none, None, np.zeros(1, dtype=np.int64), none, tokenizer.pad_token_id, tokenizer.padding_side)
 
 
-def collate(encoded: Encoded, indices: Sequence[int] | Indices, *, multiple_of: int = 1) -> dict[str, Tensor]:
-    """The batch of the samples at ``indices`` (N of them), padded to the longest, rounded up to ``multiple_of``.
+def collate(encoded: Encoded, indices: Sequence[int] | Indices) -> dict[str, Tensor]:
+    """The batch of the samples at ``indices`` (N of them), padded to the longest.
 
     Returns int64 tensors (N, T): input_ids, attention_mask, token_type_ids where the model has them, position_ids where
     padding is on the left; and labels (N,).
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    if chosen.ndim != 1 or len(chosen) == 0 or multiple_of < 1:
-        raise ValueError(f"indices has shape {chosen.shape} and multiple_of is {multiple_of}, wanted (N ≥ 1,) and ≥ 1")
+    if chosen.ndim != 1 or len(chosen) == 0:
+        raise ValueError(f"indices: shape {chosen.shape}, wanted (N,) with N ≥ 1")
     starts, lengths = encoded.offsets[chosen], encoded.lengths[chosen]
-    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    width = int(lengths.max())
     column = np.arange(width)
     shift = (width - lengths if encoded.padding_side == "left" else np.zeros_like(lengths))[:, None]
     present = (column >= shift) & (column < shift + lengths[:, None])
@@ -138,10 +138,10 @@ def collate(encoded: Encoded, indices: Sequence[int] | Indices, *, multiple_of: 
     return batch
 
 
-def batches(indices: Sequence[int] | Indices, batch_size: int) -> list[Indices]:
+def cut(indices: Sequence[int] | Indices, batch_size: int) -> list[Indices]:
     """``indices`` in pieces of ``batch_size``, in order; the last may be smaller."""
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, wanted ≥ 1")
+        raise ValueError(f"batch_size: {batch_size}, wanted batch_size ≥ 1")
     chosen = np.asarray(indices, dtype=np.int64)
     return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
 
@@ -153,7 +153,7 @@ def length_buckets(encoded: Encoded, batch_size: int, indices: Sequence[int] | I
     """
     chosen = np.arange(len(encoded), dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64)
     order = np.argsort(-encoded.lengths[chosen], kind="stable")
-    return Buckets(batches(chosen[order], batch_size), np.argsort(order, kind="stable").astype(np.int64))
+    return Buckets(cut(chosen[order], batch_size), np.argsort(order, kind="stable").astype(np.int64))
 
 
 def _flat(samples: list[list[int]]) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ Random choices are named by what they are for (see :mod:`fibecfed.seeds`), so th
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from .client import Device
 from .config import RunConfig, dump_config, flat_settings
+from .files import whole_file
 from .record import RecordError
 from .server import LocalStore, Server
 
@@ -42,9 +42,8 @@ def save_checkpoint(
             tensors[f"scores.{device.index}"] = torch.from_numpy(device.scores)
         if device.importance is not None:
             tensors[f"importance.{device.index}"] = device.importance
-    temporary = run_dir / f"{CHECKPOINT_FILE}.part"
-    save_file(tensors, temporary, metadata={"round": str(round_), "elapsed": repr(elapsed), **kept})
-    os.replace(temporary, run_dir / CHECKPOINT_FILE)
+    with whole_file(run_dir / CHECKPOINT_FILE) as path:
+        save_file(tensors, path, metadata={"round": str(round_), "elapsed": repr(elapsed), **kept})
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-Indices = NDArray[np.int64]
+from .batches import Indices, cut
+
 Shape = Callable[[float, float, float, int], float]  # (x, β, p, steps) -> share, asked only for 0 < x < 1
 
 SHARPNESS = 10.0  # of exponential and log: e^10 between their slowest and their fastest moment
@@ -145,16 +146,15 @@ def batches(
     ``lengths`` (tokens of each sample, indexed as the selection is) too, samples of like length share a batch and the
     batches come in random order: less padding, at the price of batches that are not independent of length [ours].
     """
-    _check("batch_size", batch_size, batch_size >= 1, "batch_size ≥ 1")
     indices = _vector("selection", selection).astype(np.int64)
     if generator is not None:
         indices = generator.permutation(indices)
         if lengths is not None:
             indices = indices[np.argsort(_vector("lengths", lengths)[indices], kind="stable")]
-    cut = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    found = cut(indices, batch_size)
     if generator is not None and lengths is not None:
-        cut = [cut[i] for i in generator.permutation(len(cut))]
-    return cut
+        found = [found[i] for i in generator.permutation(len(found))]
+    return found
 
 
 def batch_difficulty(scores: Tensor | ArrayLike, batches: Sequence[ArrayLike]) -> NDArray[np.float64]:

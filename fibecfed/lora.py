@@ -59,7 +59,11 @@ def lora_pairs(model: nn.Module, allow_frozen: bool = False) -> list[LoraPair]:
         raise TypeError(f"model: {type(model).__name__}, wanted a PEFT model (a torch.nn.Module with LoRA)")
     layers = [(name, module) for name, module in unwrapped(model).named_modules() if isinstance(module, LoraLayer)]
     if not layers:
-        raise ValueError("model: no LoRA module found; wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+        kinds = {type(config).__name__ for config in getattr(unwrapped(model), "peft_config", {}).values()}
+        there = f" (its adapters: {', '.join(sorted(kinds))})" if kinds else ""
+        raise ValueError(
+            f"model: no LoRA module found{there}; wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
+        )
     pairs = [pair for name, module in layers for pair in _pairs_of(name, module, allow_frozen) if pair.trained]
     if not pairs:
         raise ValueError("model: every LoRA weight is frozen, wanted one that is trained")

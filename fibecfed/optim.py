@@ -89,7 +89,7 @@ class _Masked(torch.optim.Optimizer):
             raise ValueError(f"state_dict: of another optimizer, wanted one of {type(self).__name__}")
         for state in state_dict["state"].values():
             names = {*self._moments(groups[0]), "step"}
-            if state.keys() != names:
+            if not names <= state.keys() <= {*self._buffers, "step"}:
                 raise ValueError(f"state_dict: state of {sorted(state)}, wanted {sorted(names)}")
             for name, tensor in state.items():
                 wanted = self.flat.num_rows if name == "step" else self.flat.numel
@@ -186,9 +186,10 @@ class _Masked(torch.optim.Optimizer):
 
     def _state(self) -> dict[str, Tensor]:
         state = self.state[self.flat.data]
-        if not state:
-            for name in self._moments(self.param_groups[0]):
+        for name in self._moments(self.param_groups[0]):
+            if name not in state:
                 state[name] = torch.zeros_like(self.flat.grad)
+        if "step" not in state:
             # torch keeps a state called "step" as it is when loading, where it would cast others to the parameter's
             # dtype
             state["step"] = torch.zeros(self.flat.num_rows, dtype=torch.int32, device=self.flat.data.device)
@@ -260,7 +261,8 @@ class MaskedAdamW(_Masked):
 class MaskedSGD(_Masked):
     """SGD on the active rows of a flat adapter; see :func:`fibecfed_kernels.masked_sgd_` for the equation.
 
-    Args: flat, mask, max_grad_norm, loraplus_lr_ratio as :class:`MaskedAdamW`; the others as torch.optim.SGD.
+    Args: flat, mask, max_grad_norm, loraplus_lr_ratio as :class:`MaskedAdamW`; the others as torch.optim.SGD. Where
+    momentum is switched on after the first step, rows that were stepped before begin it at zero.
     """
 
     _op = staticmethod(masked_sgd_)

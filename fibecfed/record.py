@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 from pydantic import TypeAdapter, ValidationError
 
 from .config import ConfigError, RunConfig, load_config
+from .files import whole_file
 from .phases import PHASES, EndRecord, Histogram, InitRecord, Phase, RoundRecord
 
 __all__ = [
@@ -205,9 +206,8 @@ def read_record(run_dir: Path | str) -> RunRecord:
 
 def rewrite_record(run_dir: Path, lines: Sequence[Phase]) -> None:
     """Make ``lines`` the whole of ``run_dir``/record.jsonl, at once."""
-    temporary = run_dir / f"{RECORD_FILE}.part"
-    temporary.write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, run_dir / RECORD_FILE)
+    with whole_file(run_dir / RECORD_FILE) as path:
+        path.write_text("".join(to_json(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .config import ConfigError, RunConfig
+from .files import whole_file
 
 FORMATS = (".parquet", ".csv")
 
@@ -77,8 +77,7 @@ def check_format(path: Path) -> None:
 def write_scores(path: Path, columns: Mapping[str, list[Any]]) -> None:
     """Write columns of equal length to a .parquet or .csv file, whole or not at all."""
     check_format(path)
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as partial:
         if path.suffix == ".parquet":
             from datasets import Dataset, disable_progress_bars
 
@@ -89,6 +88,3 @@ def write_scores(path: Path, columns: Mapping[str, list[Any]]) -> None:
                 writer = csv.writer(file)
                 writer.writerow(columns)
                 writer.writerows(zip(*columns.values(), strict=True))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fibecfed.batches import Encoded, batches, collate, encode, length_buckets
+from fibecfed.batches import Encoded, collate, cut, encode, length_buckets
 from fibecfed.data import Split
 
 from .checkpoints import FIRST_WORD, tokenizer
@@ -76,18 +76,16 @@ def test_padding_is_the_tokenizers_in_tokens_and_0_in_types(side: str) -> None:
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     side=st.sampled_from(["left", "right"]),
-    multiple_of=st.sampled_from([1, 7, 8]),
     seed=st.integers(0, 99),
 )
-def test_every_token_is_in_its_batch_once(lengths: list[int], side: str, multiple_of: int, seed: int) -> None:
+def test_every_token_is_in_its_batch_once(lengths: list[int], side: str, seed: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.arange(1, offsets[-1] + 1)  # never the padding's 0
     encoded = Encoded(tokens, None, offsets, np.arange(len(lengths)), 0, side)
     chosen = np.random.default_rng(seed).permutation(len(lengths))[: max(1, len(lengths) - 2)]
-    batch = collate(encoded, chosen, multiple_of=multiple_of)
+    batch = collate(encoded, chosen)
     width = batch["input_ids"].shape[1]
-    assert width % multiple_of == 0
-    assert width - multiple_of < encoded.lengths[chosen].max() <= width
+    assert width == encoded.lengths[chosen].max()
     for ids, mask, index in zip(batch["input_ids"], batch["attention_mask"], chosen, strict=True):
         length = lengths[index]
         kept = slice(0, length) if side == "right" else slice(width - length, width)
@@ -118,7 +116,7 @@ def test_a_samples_logits_do_not_depend_on_padding(kind: str, side: str) -> None
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)  # at their initial scale all samples get nearly the same logits
-        together = model(**collate(encoded, range(6), multiple_of=16)).logits
+        together = model(**collate(encoded, range(6))).logits
         single = torch.cat([model(**collate(alone, [index])).logits for index in range(6)])
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
     assert (single[0] - single[1]).abs().max() > 0.1  # a constant answer would pass the line above
@@ -135,11 +133,11 @@ def test_max_tokens_may_be_all_that_the_model_takes() -> None:
 
 
 def test_batches_keep_order_and_cover() -> None:
-    pieces = batches(np.array([5, 3, 1, 0, 2]), 2)
+    pieces = cut(np.array([5, 3, 1, 0, 2]), 2)
     assert [piece.tolist() for piece in pieces] == [[5, 3], [1, 0], [2]]
-    assert batches([], 4) == []
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        batches([1], 0)
+    assert cut([], 4) == []
+    with pytest.raises(ValueError, match="batch_size: 0, wanted"):
+        cut([1], 0)
 
 
 @given(
@@ -173,6 +171,6 @@ def test_what_cannot_be_tokenised_is_refused() -> None:
     with pytest.raises(ValueError, match="sample 1 gives no token"):
         encode(Split(["w1", " "], None, np.array([0, 1]), None), tokenizer("llama"), 8)
     encoded = encode(split(), tokenizer("llama"), 8)
-    for indices, multiple in (([], 1), ([[0]], 1), ([0], 0)):
-        with pytest.raises(ValueError, match="wanted"):
-            collate(encoded, indices, multiple_of=multiple)
+    for indices in ([], [[0]]):
+        with pytest.raises(ValueError, match=r"indices: .*wanted"):
+            collate(encoded, indices)

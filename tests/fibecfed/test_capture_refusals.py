@@ -8,11 +8,12 @@ from functools import partial
 
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
 
 from fibecfed import FisherCaptureError, UnsupportedModuleError, capture_fisher, score_samples
 from tests.fibecfed.test_sample_axis import loss, model_of, plain, samples
-from tests.fibecfed.tiny import batch, tiny
+from tests.fibecfed.tiny import base, batch, tiny
 
 
 def replaced(model: nn.Module) -> nn.Module:
@@ -87,3 +88,17 @@ def test_a_copy_made_inside_a_block_is_refused_and_leaves_nothing_behind() -> No
     with capture_fisher(copy.deepcopy(model)) as fisher:
         fisher.model(**batch()).loss.backward()
     assert fisher.scores.min() > 0
+
+
+def test_an_adapter_of_another_kind_is_named() -> None:
+    model = get_peft_model(base("bert"), IA3Config(target_modules=["query"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match=r"model: no LoRA module found \(its adapters: IA3Config\); wrap it"):
+        capture_fisher(model).__enter__()
+
+
+def test_a_module_behind_a_pooling_of_packed_tokens_is_refused_by_its_name() -> None:
+    model = model_of(lambda net, x: net.b(net.a(x).reshape(2, 3, -1).mean(1))[:, None])
+    ends = torch.tensor([0, 3, 6], dtype=torch.int32)
+    words = r"b: saw 2 tokens where cu_seqlens ends at 6; a module behind a pooling wants no adapter"
+    with pytest.raises(FisherCaptureError, match=words), capture_fisher(model, "sum", cu_seqlens=ends):
+        model(x=torch.randn(1, 6, 8)).logits.sum().backward()

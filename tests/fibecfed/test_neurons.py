@@ -9,12 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fibecfed.neurons import lowest_active_layer, random_mask, row_importance, row_mask, smooth
+from fibecfed.neurons import lowest_active_layer, row_importance, row_mask, smooth
 from fibecfed_kernels import Entry, row_layout
 
 # two layers of A (2, 6) and B (5, 2), a head (3, 4): rows 0-6, 7-13, 14-16
 LAYERS = {0: slice(0, 7), 1: slice(7, 14)}
-MATRICES = [slice(0, 2), slice(2, 7), slice(7, 9), slice(9, 14), slice(14, 17)]
 LENGTHS = torch.tensor(([6] * 2 + [2] * 5) * 2 + [4] * 3)
 
 
@@ -91,38 +90,25 @@ def test_share_of_each_layer() -> None:
     assert active(row_mask(torch.ones(17), LAYERS, (1,), {0: 0.0})) == list(range(7, 17))  # GAL asks for no share
 
 
-def test_at_the_start_rows_of_A_lose_within_a_layer_but_not_within_their_matrix() -> None:
+def test_at_the_start_rows_of_A_lose_to_rows_of_B() -> None:
     diag = torch.cat([torch.zeros(12), torch.rand(10), torch.zeros(12), torch.rand(10), torch.rand(12)])  # B = 0: no ∂A
-    importance = row_importance(diag, LENGTHS)
-    together = row_mask(importance, LAYERS, (), 0.5)
-    assert not together[[0, 1, 7, 8]].any()
-    apart = row_mask(importance, LAYERS, (), 0.5, matrices=reversed(MATRICES))
-    assert [int(apart[m].sum()) for m in MATRICES] == [1, 2, 1, 2, 3]
-    assert int(apart[2:7].nonzero()[0]) in importance[2:7].topk(2).indices.tolist()
-
-
-def test_matrices_must_cover_the_layer() -> None:
-    with pytest.raises(ValueError, match=r"matrices: .* in layer 1"):
-        row_mask(torch.ones(17), LAYERS, (), 0.5, matrices=MATRICES[:3])
-    with pytest.raises(ValueError, match=r"matrices: .* in layer 0"):
-        row_mask(torch.ones(17), LAYERS, (), 0.5, matrices=[*MATRICES, slice(0, 2)])
+    mask = row_mask(row_importance(diag, LENGTHS), LAYERS, (), 0.5)
+    assert not mask[[0, 1, 7, 8]].any()
+    assert [int(mask[m].sum()) for m in LAYERS.values()] == [4, 4]
 
 
 @given(
     share=st.floats(0.0, 1.0),
     gal=st.sets(st.sampled_from([0, 1])),
-    matrices=st.sampled_from([None, MATRICES]),
     seed=st.integers(0, 99),
 )
-def test_no_frozen_row_is_more_important_than_an_active_one(
-    share: float, gal: set[int], matrices: list[slice] | None, seed: int
-) -> None:
+def test_no_frozen_row_is_more_important_than_an_active_one(share: float, gal: set[int], seed: int) -> None:
     importance = torch.randint(0, 4, (17,), generator=torch.Generator().manual_seed(seed)).float()
-    mask = row_mask(importance, LAYERS, gal, share, matrices=matrices)
+    mask = row_mask(importance, LAYERS, gal, share)
     assert bool(mask[14:].all())
-    for group in matrices[:-1] if matrices else LAYERS.values():
-        kept, values = mask[group], importance[group]
-        if any(group.start in range(LAYERS[l].start, LAYERS[l].stop) for l in gal):
+    for layer, rows in LAYERS.items():
+        kept, values = mask[rows], importance[rows]
+        if layer in gal:
             assert bool(kept.all())
             continue
         assert int(kept.sum()) == max(round(share * len(values)), int(share > 0))
@@ -130,15 +116,6 @@ def test_no_frozen_row_is_more_important_than_an_active_one(
             assert values[kept].min() >= values[~kept].max()
             border = (values == values[kept].min()).nonzero().flatten()
             assert kept[border].int().diff().le(0).all()  # among equals: first the active ones, then the frozen
-
-
-def test_random_rows_are_as_many_and_made_by_their_seed() -> None:
-    layers = {0: slice(0, 60), 1: slice(60, 100)}
-    a, b, c = (random_mask(110, layers, (1,), 0.25, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-    assert (int(a[:60].sum()), int(a[60:].sum())) == (15, 50)
-    assert active(a)[:15] != list(range(15))
 
 
 def test_masks_refuse_what_does_not_fit() -> None:

@@ -75,6 +75,21 @@ def test_the_state_is_named_as_torch_names_it() -> None:
     assert set(momentum.state[flat.data]) == {"step", "momentum_buffer"}
 
 
+def test_momentum_may_be_switched_on_later_and_off_again() -> None:
+    ours, theirs = tiny(), tiny()
+    flat = FlatAdapter(ours)
+    mine = MaskedSGD(flat, lr=0.1)
+    reference = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for momentum in (0.0, 0.9, 0.0):
+        for model, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(model, optimizer, 2)
+        mine.load_state_dict(mine.state_dict())
+    named = dict(theirs.named_parameters())
+    for entry, parameter in flat.named_views():
+        torch.testing.assert_close(parameter, named[entry.name], rtol=1e-4, atol=1e-6)
+
+
 def half_mask(flat: FlatAdapter) -> torch.Tensor:
     mask = torch.zeros(flat.num_rows, dtype=torch.bool)
     mask[::2] = True
