@@ -146,13 +146,12 @@ class Client:
         chosen = self.config.curriculum
         if not chosen.enabled or (device.scores is None and chosen.order != "random"):
             return np.arange(device.size)
-        if chosen.order == "random":
-            seed = torch_seed(self.config.seed, "order", device.index)
-            return curriculum.order(np.zeros(device.size), "random", seed=seed)
-        assert device.scores is not None
+        scores, seed = device.scores, torch_seed(self.config.seed, "order", device.index)
+        if scores is None:
+            scores = np.zeros(device.size)  # a random order does not look at them
         if chosen.stratified:
-            return curriculum.stratified_order(device.scores, self.train_set.labels[device.train], chosen.order)
-        return curriculum.order(device.scores, chosen.order)
+            return curriculum.stratified_order(scores, self.train_set.labels[device.train], chosen.order, seed=seed)
+        return curriculum.order(scores, chosen.order, seed=seed)
 
     def _learning_rate(self, round_: int) -> float:
         settings = self.config.train

@@ -104,7 +104,9 @@ def order(scores: Tensor | ArrayLike, name: str = "easy_first", *, seed: int | N
     return np.argsort(values if name == "easy_first" else -values, kind="stable").astype(np.int64)
 
 
-def stratified_order(scores: Tensor | ArrayLike, labels: Tensor | ArrayLike, name: str = "easy_first") -> Indices:
+def stratified_order(
+    scores: Tensor | ArrayLike, labels: Tensor | ArrayLike, name: str = "easy_first", *, seed: int | None = None
+) -> Indices:
     """:func:`order` inside every class, the classes interleaved in proportion [ours]: int64 (N,).
 
     A sample's key is its relative rank (rank + ½)/N_c among the N_c samples of its class, so any first share of the
@@ -112,7 +114,7 @@ def stratified_order(scores: Tensor | ArrayLike, labels: Tensor | ArrayLike, nam
 
     Raises ValueError as :func:`order`, and for labels (N,) of another length.
     """
-    by_score, classes = order(scores, name, seed=0 if name == "random" else None), _vector("labels", labels)
+    by_score, classes = order(scores, name, seed=seed), _vector("labels", labels)
     if len(classes) != len(by_score):
         raise ValueError(f"labels: {len(classes)} values, wanted {len(by_score)} as scores have")
     keys = np.empty(len(by_score))

@@ -193,14 +193,22 @@ def test_without_a_curriculum_or_scores_the_order_is_the_datas() -> None:
 
 
 def test_a_random_order_is_drawn_by_seed_and_device_and_stays() -> None:
-    def order(seed: int, index: int, rounds: int = 0) -> list[int]:
-        client, device = make("curriculum.order=random", f"seed={seed}")
+    def order(seed: int, index: int, rounds: int = 0, stratified: bool = True) -> list[int]:
+        client, device = make("curriculum.order=random", f"curriculum.stratified={stratified}".lower(), f"seed={seed}")
         device.index, device.rounds = index, rounds
         return client._order(device).tolist()
 
     assert sorted(order(0, 0)) == list(range(30))
     assert order(0, 0) == order(0, 0, rounds=4)
     assert len({tuple(order(*choice)) for choice in ((0, 0), (0, 1), (1, 0))}) == 3
+    assert order(0, 0, stratified=False) != order(0, 0)
+
+
+def test_a_random_order_keeps_the_label_mix_too() -> None:
+    client, device = make("curriculum.order=random")
+    labels = client.train_set.labels[device.train][client._order(device)]
+    for share in (10, 15, 20):
+        assert abs(labels[:share].mean() - labels.mean()) * share < 1
 
 
 def test_the_optimizer_is_what_its_keys_say() -> None:

@@ -249,8 +249,14 @@ def test_a_stratified_order_holds_every_class_in_proportion_and_is_easy_first_in
         assert (np.diff(inside) >= 0).all()
         hard = scores[(h := stratified_order(scores, labels, "hard_first"))[labels[h] == label]]
         assert (np.diff(hard) <= 0).all()
+        drawn = stratified_order(scores, labels, "random", seed=1)
+        assert abs(labels[drawn[:30]].mean() - labels.mean()) < 0.05
+        assert (np.diff(scores[drawn[labels[drawn] == label]]) < 0).any()
+    assert drawn.tolist() != stratified_order(scores, labels, "random", seed=2).tolist()
     with pytest.raises(ValueError, match="labels"):
         stratified_order(scores, labels[:5])
+    with pytest.raises(ValueError, match="seed: None"):
+        stratified_order(scores, labels, "random")
 
 
 def test_a_stratified_order_puts_each_sample_at_the_middle_of_its_part_of_the_class() -> None:
