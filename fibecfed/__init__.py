@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .privacy import DpStep, dp_step
     from .record import RunRecord
     from .sample_axis import check_sample_axis
-    from .scoring import SampleScores, score_samples
+    from .scoring import NotFiniteScoresError, SampleScores, score_samples
     from .simulation import resume, run
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "FlatAdapter",
     "MaskedAdamW",
     "MaskedSGD",
+    "NotFiniteScoresError",
     "RunConfig",
     "RunRecord",
     "SampleScores",
@@ -54,7 +55,7 @@ _ROOMS = {
     "privacy": ("DpStep", "dp_step"),
     "record": ("RunRecord",),
     "sample_axis": ("check_sample_axis",),
-    "scoring": ("SampleScores", "score_samples"),
+    "scoring": ("NotFiniteScoresError", "SampleScores", "score_samples"),
     "simulation": ("resume", "run"),
 }
 

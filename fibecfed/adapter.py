@@ -246,7 +246,7 @@ def _slices(sizes: list[tuple[int | None, int]]) -> dict[int | None, slice]:
 
 def _pick(slices: dict[int | None, slice], layer: int | None, known: tuple[int, ...]) -> slice:
     if layer not in slices:
-        raise ValueError(f"layer: {layer}, wanted one of {list(known)} or None (the head)")
+        raise ValueError(f"layer: {layer!r}, wanted one of {list(known)} or None (the head)")
     return slices[layer]
 
 

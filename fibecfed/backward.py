@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -60,18 +61,18 @@ class LoraBackward(ABC):
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: {reduction!r}, wanted 'mean' or 'sum'")
-        number = isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool)
+        number = isinstance(loss_scale, Real) and not isinstance(loss_scale, bool)
         if not number or not SMALLEST_SCALE <= loss_scale < math.inf:
             raise ValueError(f"loss_scale: {loss_scale!r}, wanted a number with {SMALLEST_SCALE} ≤ loss_scale < ∞")
         if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"cu_seqlens: {type(cu_seqlens).__name__}, wanted an int32 tensor (N+1,)")
-        if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int)):
+        if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, Integral)):
             raise TypeError(f"num_samples: {type(num_samples).__name__}, wanted an integer")
         self.model = model
         self.reduction = reduction
         self.loss_scale = loss_scale
         self.cu_seqlens = cu_seqlens
-        self.num_samples = num_samples
+        self.num_samples: int | None = num_samples
         self._pairs: list[LoraPair] = []
         self._heads: list[HeadLinear] = []
         self._counts: dict[LoraPair | HeadLinear, int] = {}

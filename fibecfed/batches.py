@@ -71,7 +71,7 @@ def encode(split: Split, tokenizer: Any, max_tokens: int) -> Encoded:
     special = tokenizer.num_special_tokens_to_add(pair=split.pair is not None)
     if not special < max_tokens <= tokenizer.model_max_length:
         raise DataError(
-            f"max_tokens is {max_tokens}, wanted more than the {special} special tokens of a sample and at most the "
+            f"max_tokens: {max_tokens}, wanted more than the {special} special tokens of a sample and at most the "
             f"model's {tokenizer.model_max_length}"
         )
     if len(split) == 0:

@@ -16,11 +16,11 @@ from .adapter import FlatAdapter
 from .batches import Encoded, collate, length_buckets
 from .capture import capture_fisher
 from .config import RunConfig
-from .layers import evaluating
 from .losses import classification_loss
 from .optim import MaskedAdamW, MaskedSGD
 from .scoring import score_samples
 from .seeds import stream, torch_seed, torch_stream
+from .tree import evaluating
 
 
 @dataclass

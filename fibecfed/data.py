@@ -64,7 +64,7 @@ def load_task(
     label: str = "label",
     key: str | None = None,
     test: str | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = 0.2,
     max_train: int | None = None,
     max_test: int | None = None,
     seed: int = 0,
@@ -85,7 +85,7 @@ def load_task(
         label: column of the label.
         key: column of the natural owner of a sample, for partitions by key.
         test: a file (for a file), or the name of the test split (for a folder or the hub).
-        test_fraction: share that becomes the test set when there is none, between 0 and 1.
+        test_fraction: share that becomes the test set when there is none, between 0 and 1; None: then there is none.
         max_train: at most so many training samples, drawn class by class in proportion.
         max_test: at most so many test samples, drawn likewise.
         seed: of the test share and of the draws.
@@ -96,8 +96,8 @@ def load_task(
         DataError: the source cannot be read, a column is missing, a text is empty, a label is missing or unknown to the
             training set, a class has no training sample, or an argument is out of range.
     """
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}, wanted a share between 0 and 1")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction: {test_fraction}, wanted a share between 0 and 1")
     name, train, held_out, columns = _read(source, Columns(text, pair, label, key), test)
     own = classes is not None
     if classes is None:
@@ -110,18 +110,20 @@ def load_task(
     training = _split(train, columns, classes)
     for missing in () if own else np.flatnonzero(np.bincount(training.labels, minlength=len(classes)) == 0):
         raise DataError(f"{train.where}: class {classes[missing]!r} of {columns.label!r} has no sample to train on")
-    if held_out is None:
+    if held_out is not None:
+        testing = _split(held_out, columns, classes)
+    elif test_fraction is None:
+        testing = training.take(np.arange(0))
+    else:
         chosen = _test_share(training.labels, test_fraction, train.where, seed)
         testing, training = training.take(np.flatnonzero(chosen)), training.take(np.flatnonzero(~chosen))
-    else:
-        testing = _split(held_out, columns, classes)
     if max_train is not None:
         if max_train < (present := len(np.unique(training.labels))):
-            raise DataError(f"max_train is {max_train}, wanted at least one sample for each of {present} classes")
+            raise DataError(f"max_train: {max_train}, wanted at least one sample for each of {present} classes")
         training = training.take(_stratified(training.labels, max_train, np.random.default_rng([seed, 1]), low=1))
     if max_test is not None:
         if max_test < 1:
-            raise DataError(f"max_test is {max_test}, wanted at least 1")
+            raise DataError(f"max_test: {max_test}, wanted at least 1")
         testing = testing.take(_stratified(testing.labels, max_test, np.random.default_rng([seed, 2])))
     return Task(name, training, testing, classes)
 
@@ -160,7 +162,7 @@ def _read(source: str | Path, columns: Columns, test: str | None) -> tuple[str, 
     held_out = None
     if source == "demo":
         if test is not None:
-            raise DataError(f"test is {test!r}: the demo has no test set of its own, wanted None")
+            raise DataError(f"test: {test!r}, wanted None: the demo has no test set of its own")
         name, train = "demo", read_demo()
         columns = replace(columns, label="category", key=columns.key or "movie_name")
     elif isinstance(source, str) and source.startswith("hub:"):

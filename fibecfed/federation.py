@@ -47,15 +47,15 @@ class Federation:
         return float((self.task.test.labels[device.test] == most).mean())
 
 
-def load_data(config: RunConfig, classes: Sequence[str] | None = None) -> Task:
-    """The data of a configuration; ``classes``: those of all devices, where it is one's own. Raises DataError for what
-    does not fit."""
+def load_data(config: RunConfig, classes: Sequence[str] | None = None, *, hold_out: bool = True) -> Task:
+    """The data of a configuration; ``classes``: those of all devices, where it is one's own. ``hold_out``: make a test
+    set of the training set where there is none. Raises DataError for what does not fit."""
     data = config.data
     return load_task(
         data.source,
         **_columns(config),
         test=data.test,
-        test_fraction=data.test_fraction,
+        test_fraction=data.test_fraction if hold_out else None,
         max_train=data.max_train,
         max_test=data.max_test,
         seed=config.seed,

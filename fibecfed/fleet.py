@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fibecfed_kernels import WirePlan
 
-from . import layers, lossless
+from . import curriculum, layers, lossless
 from .client import Client, Device, TrainResult
 from .evaluation import evaluate
 from .federation import Federation
@@ -177,13 +177,14 @@ class LocalFleet:
                 self.client.score(device, count)
 
     def _train(self, device: Device, t: int, share: float, on_phase: OnPhase) -> TrainResult:
-        total = self.config.train.epochs * max(1, round(share * device.size))
+        settings = self.config.train
+        total = settings.epochs * len(curriculum.select(range(device.size), share, settings.batch_size))
         done = 0
 
         def count(samples: int) -> None:
             nonlocal done
             done += samples
-            on_phase(f"round {t}: device {device.index}", min(done, total), total)
+            on_phase(f"round {t}: device {device.index}", done, total)
 
         result = self.client.train(device, t, share, count)
         if not np.isfinite(result.loss):

@@ -48,7 +48,7 @@ class GradientViews:
     def collect(self) -> tuple[list[int], list[int]]:
         """Bring all gradients into the buffer. Returns which parameters' had to be brought, and which parameters are
         not to be stepped: without a gradient (their part of the buffer is zeroed) or frozen. One that no backward pass
-        has reached, while others were, has none if its part of the buffer is still zero."""
+        has reached has none if its part of the buffer is still zero."""
         brought, still, buffer = [], [], self._buffer.data_ptr()
         for i, (parameter, offset) in enumerate(zip(self._parameters, self._offsets, strict=True)):
             gradient = parameter.grad
@@ -58,8 +58,8 @@ class GradientViews:
                 self.take(i)
                 brought.append(i)
         for i, parameter in enumerate(self._parameters):
-            missed = bool(self._reached) and i not in self._reached
-            if parameter.grad is None or not parameter.requires_grad or (missed and not bool(self._view(i).any())):
+            missed = i not in self._reached and not bool(self._view(i).any())
+            if parameter.grad is None or not parameter.requires_grad or missed:
                 still.append(i)
         return brought, still
 

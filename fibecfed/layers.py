@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import wide
+from .tree import evaluating
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -63,7 +64,7 @@ def sensitivity(
         layers: block indices to measure; None: all.
 
     Returns float64 (number of layers,) on the CPU, in the order of ``layers``.
-    Raises ValueError for a batch or model that does not fit, or a result that is not finite.
+    Raises ValueError for a batch or model that does not fit, FloatingPointError for a result that is not finite.
     """
     blocks = find_blocks(model)
     chosen = list(range(len(blocks))) if layers is None else list(layers)
@@ -77,7 +78,7 @@ def sensitivity(
         values = _relative_changes(model, embeddings, [blocks[l] for l in chosen], batch, real, noise)
     result = values.mean(dim=1).cpu()
     if not bool(result.isfinite().all()):
-        raise ValueError(f"model: sensitivity {result.tolist()}, wanted finite outputs and gradients")
+        raise FloatingPointError(f"model: sensitivity {result.tolist()}, wanted finite outputs and gradients")
     return result
 
 
@@ -216,21 +217,3 @@ def _hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook).remove)
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and key/value caches off; every module's flag comes back as it was, also when they were mixed."""
-    training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    try:
-        model.eval()
-        if cached:
-            cast(Any, config).use_cache = False
-        yield
-    finally:
-        if cached:
-            cast(Any, config).use_cache = cached
-        for module in training:
-            module.training = True

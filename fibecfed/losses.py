@@ -29,7 +29,7 @@ def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
         )
     if logits.shape[1] < 2:
         raise ValueError("logits (N, 1): one class has nothing to tell apart, wanted sample_loss='regression'")
-    return F.cross_entropy(wide(logits), labels, reduction="none", ignore_index=IGNORED)
+    return _cross_entropy(logits, labels)
 
 
 def regression_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -107,8 +107,18 @@ def _token_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
 
 
 def _token_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(wide(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-    return losses.sum(1)
+    return _cross_entropy(logits.transpose(1, 2), labels).sum(1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    try:
+        return F.cross_entropy(wide(logits), labels, reduction="none", ignore_index=IGNORED)
+    except IndexError:  # on the CPU; CUDA's own assertion ends the process
+        classes = logits.shape[1]
+        bad = (((labels < 0) & (labels != IGNORED)) | (labels >= classes)).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels: {int(labels[tuple(bad)])} in sample {bad[0]}, wanted 0 … {classes - 1}, or {IGNORED} for none"
+        ) from None
 
 
 def _sampled(logits: Tensor, generator: Generator | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .hessian import Flat, Loss, Method, gradient, hvp, scale, span_of
-from .layers import evaluating
+from .tree import evaluating
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,11 @@ def load_model(
     """
     if num_classes < 2 or rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise ModelError(
-            f"num_classes is {num_classes}, rank {rank}, alpha {alpha}, dropout {dropout}: "
+            f"num_classes, rank, alpha, dropout: {num_classes}, {rank}, {alpha}, {dropout}, "
             "wanted ≥ 2, ≥ 1, > 0, in [0, 1)"
         )
     if dtype not in ("float32", "bfloat16"):
-        raise ModelError(f"dtype is {dtype!r}, wanted 'float32' or 'bfloat16'")
+        raise ModelError(f"dtype: {dtype!r}, wanted 'float32' or 'bfloat16'")
     name, location, options = _locate(source)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs too

@@ -69,12 +69,12 @@ def partition(
     classes = _class_indices("labels", labels)
     total = len(classes)
     if scheme not in get_args(Scheme):
-        raise PartitionError(f"scheme is {scheme!r}, wanted one of {', '.join(map(repr, get_args(Scheme)))}")
+        raise PartitionError(f"scheme: {scheme!r}, wanted one of {', '.join(map(repr, get_args(Scheme)))}")
     if devices < 1 or min_size < 1:
-        raise PartitionError(f"devices is {devices} and min_size is {min_size}, wanted both ≥ 1")
+        raise PartitionError(f"devices, min_size: {devices}, {min_size}, wanted both ≥ 1")
     for name, value in (("alpha", alpha), ("size_alpha", size_alpha)):
         if value is not None and not 0 < value < float("inf"):
-            raise PartitionError(f"{name} is {value}, wanted a finite number > 0")
+            raise PartitionError(f"{name}: {value}, wanted a finite number > 0")
     if total < devices * min_size:
         raise PartitionError(
             f"{total} samples are too few for {devices} devices with at least {min_size} each "

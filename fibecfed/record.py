@@ -69,7 +69,8 @@ class Observer(Protocol):
     """Follows a run: progress, tables, logging to anywhere. Called in the thread of the run, in this order."""
 
     def on_start(self, config: RunConfig, total_rounds: int, info: Mapping[str, Any]) -> None:
-        """``info``: "path" (the run's folder), "device", "train", "test" (samples), whatever else is worth a line."""
+        """``info``: "path" (the run's folder), "devices" (their number), "train", "test" (samples), whatever else is
+        worth a line."""
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of a phase; a new name starts a new phase."""
@@ -109,7 +110,7 @@ def from_json(line: str | bytes) -> Phase:
         raise RecordError(f"is not JSON: {error}") from None
     phase = values.pop("phase", None) if isinstance(values, dict) else None
     if not isinstance(phase, str) or phase not in PHASES:
-        raise RecordError(f'phase is {phase!r}, wanted "init", "round" or "end"')
+        raise RecordError(f'phase: {phase!r}, wanted "init", "round" or "end"')
     try:
         return _READERS[phase].validate_python(values)
     except ValidationError as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .backward import FisherCaptureError, LoraBackward
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sharing import Found, Seen
+from .tree import evaluating
 
 FEW = 3  # samples that are looked at
 
@@ -33,7 +33,7 @@ def check_sample_axis(
     Raises FisherCaptureError, naming the module; ValueError as :func:`fibecfed.score_samples`.
     """
     task = task_of(sample_loss)
-    with eval_mode(model), torch.enable_grad(), _OneSample(model) as found:
+    with evaluating(model), torch.enable_grad(), _OneSample(model) as found:
         losses = own_losses(task.loss if isinstance(task, Task) else task, model, batch)
         found.num_samples = len(losses)
         found.place = int(losses.detach().abs().nan_to_num(-1.0, -1.0).argmax())
@@ -49,18 +49,6 @@ def few_of(batch: Mapping[str, Tensor], samples: int) -> Mapping[str, Tensor]:
         return batch
     places = torch.tensor([samples - 1, samples // 2, 0])
     return {name: value[places.to(value.device)] for name, value in batch.items()}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module's own mode is put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _OneSample(LoraBackward):

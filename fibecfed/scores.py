@@ -16,23 +16,24 @@ FORMATS = (".parquet", ".csv")
 
 
 def score_data(config: RunConfig, on_batch: Callable[[int, int], None] | None = None) -> dict[str, list[Any]]:
-    """Score the training samples of ``config.data`` with ``config.model`` before any training.
+    """Score the samples of ``config.data`` with ``config.model`` before any training: those of the training set, or all
+    where the source has no test set of its own.
 
     Returns columns, a row a sample in the order of the data: index (the sample's row in the source, from 0; samples
-    held out for testing or beyond ``data.max_train`` are not scored), text, pair (where there is one), label (its
+    beyond ``data.max_train`` are not scored), text, pair (where there is one), label (its
     name), score = Σ_p (∂ log p(y | x) / ∂p)² over the LoRA parameters, rank (0: the easiest). ``on_batch(done, total)``
     tells how far it is.
 
-    Raises DataError and ModelError for what does not fit.
+    Raises DataError and ModelError for what does not fit, NotFiniteScoresError, naming rows of the source.
     """
     import torch
 
     from .batches import collate, encode, length_buckets
     from .federation import load_base, load_data
-    from .scoring import score_samples
+    from .scoring import NotFiniteScoresError, score_samples
 
     data = config.data
-    task = load_data(config)
+    task = load_data(config, hold_out=False)
     loaded = load_base(config, len(task.classes))
     device = loaded.model.device
     samples = encode(task.train, loaded.tokenizer, data.max_tokens)
@@ -45,18 +46,22 @@ def score_data(config: RunConfig, on_batch: Callable[[int, int], None] | None = 
         if on_batch is not None:
             on_batch(done, len(samples))
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-        found = score_samples(
-            loaded.model,
-            ({key: value.to(device) for key, value in collate(samples, bucket).items()} for bucket in buckets.batches),
-            labels=config.curriculum.labels,
-            generator=torch.Generator().manual_seed(config.seed),
-            on_batch=count,
-        )
+    assert task.train.rows is not None
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+            found = score_samples(
+                loaded.model,
+                ({key: value.to(device) for key, value in collate(samples, part).items()} for part in buckets.batches),
+                labels=config.curriculum.labels,
+                generator=torch.Generator().manual_seed(config.seed),
+                on_batch=count,
+            )
+    except NotFiniteScoresError as error:
+        rows = task.train.rows[np.concatenate(buckets.batches)[error.samples]]
+        raise NotFiniteScoresError(data.source, "row", sorted(rows.tolist())) from None
     scores = found.scores.cpu().numpy()[buckets.inverse]
     rank = np.empty(len(scores), dtype=np.int64)
     rank[np.argsort(scores, kind="stable")] = np.arange(len(scores))
-    assert task.train.rows is not None
     columns: dict[str, list[Any]] = {"index": task.train.rows.tolist(), "text": list(task.train.text)}
     if task.train.pair is not None:
         columns["pair"] = list(task.train.pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,17 @@ from .backward import past_its_module
 from .capture import capture_fisher
 from .lora import lora_pairs
 from .losses import TASKS, SampleLoss, Task, TaskName, own_losses, task_of
-from .sample_axis import check_sample_axis, eval_mode, few_of
+from .sample_axis import check_sample_axis, few_of
+from .tree import evaluating
+
+
+class NotFiniteScoresError(FloatingPointError, ValueError):
+    """Scores that are not finite; ``samples``: whose they are."""
+
+    def __init__(self, where: str, what: str, samples: list[int]) -> None:
+        some = ", ".join(map(str, samples[:5])) + (", …" if len(samples) > 5 else "")
+        super().__init__(f"{where}: the score of {what} {some} is not finite, wanted finite")
+        self.samples = samples
 
 
 class SampleScores(NamedTuple):
@@ -70,8 +81,8 @@ def score_samples(
 
     Raises as :class:`capture_fisher` and :func:`fibecfed.check_sample_axis`; FisherCaptureError for a loss that reads a
     LoRA weight past its module; ValueError, naming the argument, for an empty loader, losses of a wrong shape, an
-    unknown task, labels="model" with a loss of your own, or draws that do not fit; at the end for scores that are not
-    finite.
+    unknown task, labels="model" with a loss of your own, or draws that do not fit; at the end
+    NotFiniteScoresError.
     """
     loss_of, draw = _task(sample_loss, labels, draws)
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
@@ -83,7 +94,7 @@ def score_samples(
     parts: dict[str, list[Tensor]] = {}
     diagonal: dict[str, Tensor] = {}
     checked = False
-    with eval_mode(model):
+    with evaluating(model):
         for given in loader:
             if not isinstance(given, Mapping):
                 raise TypeError(f"loader: gave a batch that is a {type(given).__name__}, wanted a dict of tensors")
@@ -109,8 +120,7 @@ def score_samples(
     joined = torch.cat(scores)
     if not bool(joined.isfinite().all()):
         bad = joined.isfinite().logical_not().nonzero().flatten().tolist()
-        some = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-        raise ValueError(f"loader: the score of sample {some} (in the loader's order) is not finite, wanted finite")
+        raise NotFiniteScoresError("loader", "sample (in its order)", bad)
     by_module = {name: torch.cat(values) for name, values in parts.items()}
     return SampleScores(joined, torch.argsort(joined, stable=True), diagonal, by_module)
 
@@ -121,7 +131,7 @@ def _task(
     """The loss, and the way to draw labels if they are the model's."""
     if labels not in ("data", "model"):
         raise ValueError(f"labels: {labels!r}, wanted 'data' or 'model'")
-    if not isinstance(draws, int) or isinstance(draws, bool):
+    if not isinstance(draws, Integral) or isinstance(draws, bool):
         raise TypeError(f"draws: {draws!r}, wanted an integer")
     if draws < 1 or (labels == "data" and draws != 1):
         raise ValueError(f"draws: {draws}, wanted ≥ 1, and 1 for labels='data', which are not drawn")

@@ -29,6 +29,8 @@ def run(config: RunConfig, *, observer: Observer | None = None) -> RunRecord:
 
     Source: FibecFed (Liu et al., EMNLP 2024, arXiv 2410.00131), steps 1-9.
     """
+    if not isinstance(config, RunConfig):
+        raise TypeError(f"config: {type(config).__name__}, wanted a RunConfig (load_config makes one of a file)")
     return _Simulation(config, observer or SilentObserver()).start()
 
 

@@ -1,9 +1,11 @@
-"""A model as a tree of modules: what lies inside its wrappers, and whether it still is what it was when its parameters
-were gathered."""
+"""A model as a tree of modules: what lies inside its wrappers, its mode, and whether it still is what it was when its
+parameters were gathered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +20,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inside, nn.Module):
             return model
         model = inside
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and key/value caches off; every module's flag comes back as it was, also when they were mixed."""
+    training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    try:
+        model.eval()
+        if cached:
+            cast(Any, config).use_cache = False
+        yield
+    finally:
+        if cached:
+            cast(Any, config).use_cache = cached
+        for module in training:
+            module.training = True
 
 
 class BrokenViewsError(RuntimeError):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ._backend import body_for
 
+# the folder of an op's bodies, by the first word of its name
+FAMILIES = {"fisher": "fisher", "lora": "fisher", "weighted": "fisher", "masked": "update", "wire": "wire"}
+
 
 def run(name: str, device_of: Tensor, *args: Any) -> Any:
     """Run the op ``name`` where ``device_of`` is, by the body chosen there (:func:`fibecfed_kernels.backend`).
@@ -25,5 +28,4 @@ def run(name: str, device_of: Tensor, *args: Any) -> Any:
 
 def module_of(name: str, body: str) -> ModuleType:
     """The module that holds an op's body in Python; Triton is imported at the first use, which CPU users never pay."""
-    family = "update" if name.startswith("masked") else "wire" if name.startswith("wire") else "fisher"
-    return importlib.import_module(f".{family}.{body}", __package__)
+    return importlib.import_module(f".{FAMILIES[name.partition('_')[0]]}.{body}", __package__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -86,5 +87,5 @@ def check_clipping(scores: Tensor, max_norm: float, x: Tensor, cu_seqlens: Tenso
         raise TypeError(f"scores: {describe(scores)}, wanted float32 ({samples},)")
     if scores.shape != (samples,) or scores.device != x.device:
         raise ValueError(f"scores: {describe(scores)}, wanted float32 ({samples},) on {x.device}")
-    if not isinstance(max_norm, (int, float)) or not 0.0 < max_norm < math.inf:
+    if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not 0.0 < max_norm < math.inf:
         raise ValueError(f"max_norm: {max_norm!r}, wanted a number with 0 < max_norm < ∞")

@@ -24,8 +24,8 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...], ane
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {type(value).__name__}, wanted a torch.Tensor")
     buffer, first = next(iter(tensors.items()))
-    numel, rows, layout = first.numel(), tensors["mask"].numel(), tensors["layout"]
-    lines = layout.shape[0] if layout.dim() else 0
+    numel, layout = first.numel(), tensors["layout"]
+    lines, rows = layout.shape[0] if layout.dim() else 0, _rows(tensors)
     special: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "steps": (torch.int32, (rows,)),
         "mask": (torch.bool, (rows,)),
@@ -47,6 +47,14 @@ def check_tensors(given: dict[str, Tensor | None], changed: tuple[str, ...], ane
     if "lr_scale" in tensors:
         _check_lr_scale(tensors["lr_scale"], anew)
     check_apart(tensors, changed)
+
+
+def _rows(tensors: dict[str, Tensor]) -> int:
+    """How many rows there are: where mask and steps disagree, the layout tells which of them is wrong."""
+    mask, steps, layout = tensors["mask"], tensors.get("steps"), tensors["layout"]
+    if steps is None or steps.numel() == mask.numel() or layout.dim() != 2 or layout.shape[1] != 4 or not len(layout):
+        return mask.numel()
+    return int((layout[:, 1] + layout[:, 2]).max())
 
 
 def _key(tensor: Tensor, *more: int) -> tuple[object, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def checked_adamw(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -23,7 +25,8 @@ def checked_sgd(
     """The same, with float and bool types. Raise ValueError (TypeError for what is no number) naming the argument,
     unless SGD can step with these."""
     _not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    _number("dampening", dampening)
+    if not math.isfinite(_number("dampening", dampening)):
+        raise ValueError(f"dampening: {dampening}, wanted a finite number")
     if nesterov and not (momentum > 0.0 and dampening == 0.0):
         raise ValueError(f"nesterov: {nesterov}, wanted momentum > 0 and dampening 0 with it")
     return float(lr), float(momentum), float(dampening), float(weight_decay), bool(nesterov)

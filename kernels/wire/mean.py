@@ -65,8 +65,10 @@ def aggregate(
             its range; a message of no samples, where these are the weights. WireError: a message is refused and there
             is no ``on_refused``; its ``index`` tells which.
     """
-    if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)):
-        raise TypeError(f"buffers: one {type(buffers).__name__}, wanted messages one by one: a list or a generator")
+    if not (hasattr(plan, "add_") and hasattr(plan, "numel")):
+        raise TypeError(f"plan: {type(plan).__name__}, wanted a WirePlan")
+    if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)) or not isinstance(buffers, Iterable):
+        raise TypeError(f"buffers: {type(buffers).__name__}, wanted messages one by one: a list or a generator")
     if weights is not None and (not isinstance(weights, Iterable) or isinstance(weights, (str, bytes))):
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     room = _Room(plan, accumulator, out, device)

@@ -148,13 +148,13 @@ class WirePlan:
         return packed
 
     def read(
-        self, buffer: Buffer, round: int | None = None, *, base: Tensor | None = None, max_bytes: int | None = None
+        self, buffer: Buffer, *, round: int | None = None, base: Tensor | None = None, max_bytes: int | None = None
     ) -> Message:
         """Round and sample count of a message that passes every check."""
         return self._open(buffer, round, self._relation.base(base), max_bytes).message
 
     def unpack(
-        self, buffer: Buffer, round: int | None = None, *, base: Tensor | None = None, max_bytes: int | None = None
+        self, buffer: Buffer, *, round: int | None = None, base: Tensor | None = None, max_bytes: int | None = None
     ) -> dict[str, Tensor]:
         """The tensors of a message by name as they are stored (FORMAT.md), after every check.
 
@@ -169,8 +169,8 @@ class WirePlan:
         self,
         buffer: Buffer,
         flat: FlatBuffers,
-        round: int | None = None,
         *,
+        round: int | None = None,
         base: Tensor | None = None,
         max_bytes: int | None = None,
     ) -> Message:
@@ -204,8 +204,8 @@ class WirePlan:
         sum: Tensor,
         buffer: Buffer,
         weight: float | None,
-        round: int | None = None,
         *,
+        round: int | None = None,
         base: Tensor | None = None,
         max_bytes: int | None = None,
     ) -> Message:

@@ -158,11 +158,11 @@ def test_buckets_are_sorted_by_length_and_their_inverse_restores_order(
 
 
 def test_what_cannot_be_tokenised_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_tokens is 2, wanted more than the 2 special tokens"):
+    with pytest.raises(ValueError, match="max_tokens: 2, wanted more than the 2 special tokens"):
         encode(split(), tokenizer("bert"), 2)
-    with pytest.raises(ValueError, match="max_tokens is 3, wanted more than the 3 special tokens"):
+    with pytest.raises(ValueError, match="max_tokens: 3, wanted more than the 3 special tokens"):
         encode(split(pairs=True), tokenizer("bert"), 3)
-    with pytest.raises(ValueError, match=r"max_tokens is 65, wanted .* at most the model's 64"):
+    with pytest.raises(ValueError, match=r"max_tokens: 65, wanted .* at most the model's 64"):
         encode(split(), tokenizer("llama"), 65)
     with pytest.raises(ValueError, match="no padding token"):
         encode(split(), tokenizer("llama", pad=False), 8)

@@ -11,7 +11,13 @@ import torch
 from peft import IA3Config, get_peft_model
 from torch import Tensor, nn
 
-from fibecfed import FisherCaptureError, UnsupportedModuleError, capture_fisher, score_samples
+from fibecfed import (
+    FisherCaptureError,
+    NotFiniteScoresError,
+    UnsupportedModuleError,
+    capture_fisher,
+    score_samples,
+)
 from tests.fibecfed.test_sample_axis import loss, model_of, plain, samples
 from tests.fibecfed.tiny import base, batch, tiny
 
@@ -58,8 +64,11 @@ def test_batches_that_are_no_dicts_are_refused() -> None:
 def test_scores_that_are_not_finite_are_refused_by_their_samples() -> None:
     given = samples(5)
     given["x"][[1, 3]] = float("nan")
-    with pytest.raises(ValueError, match=r"the score of sample 5, 7 \(in the loader's order\) is not finite"):
+    with pytest.raises(
+        NotFiniteScoresError, match=r"^loader: the score of sample \(in its order\) 5, 7 is not finite"
+    ) as found:
         score_samples(model_of(plain), [samples(4), given], sample_loss=loss)
+    assert found.value.samples == [5, 7]
 
 
 def test_blocks_of_two_stacks_are_not_added_up() -> None:

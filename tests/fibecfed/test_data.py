@@ -155,9 +155,9 @@ def bad(change: Row, at: int = 4) -> list[Row]:
         (rows(9, ["a b", "a  b "]), {}, r"'label' has 'a  b ' and 'a b', which differ in white space alone"),
         (rows(9, ["same"]), {}, "label column 'label' has 1 class, wanted at least two"),
         (rows(3), {}, "3 samples of 3 classes are too few"),
-        (rows(9), {"max_train": 2}, "max_train is 2, wanted at least one sample for each of 3 classes"),
-        (rows(9), {"max_test": 0}, "max_test is 0"),
-        (rows(9), {"test_fraction": 1.0}, r"test_fraction is 1\.0"),
+        (rows(9), {"max_train": 2}, "max_train: 2, wanted at least one sample for each of 3 classes"),
+        (rows(9), {"max_test": 0}, "max_test: 0"),
+        (rows(9), {"test_fraction": 1.0}, r"test_fraction: 1\.0"),
         (rows(9), {"test": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
     ],
 )

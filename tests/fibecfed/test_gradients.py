@@ -123,6 +123,21 @@ def test_gradients_that_are_written_by_hand_are_stepped() -> None:
     torch.testing.assert_close(flat.data.detach()[flat.values(None)], head - 0.25)
 
 
+@pytest.mark.parametrize("whose", ["model", "optimizer"])
+def test_a_step_without_a_backward_pass_moves_nothing(whose: str) -> None:
+    """As torch's, whose zero_grad leaves no gradients."""
+    model = tiny()
+    flat = FlatAdapter(model)
+    optimizer = MaskedAdamW(flat, lr=0.1, weight_decay=0.5)
+    backward(model, 0)
+    optimizer.step()
+    before, steps = flat.data.detach().clone(), optimizer.state[flat.data]["step"].clone()
+    (model if whose == "model" else optimizer).zero_grad()
+    optimizer.step()
+    assert torch.equal(flat.data.detach(), before)
+    assert torch.equal(optimizer.state[flat.data]["step"], steps)
+
+
 def test_gradients_are_in_the_buffer_when_a_backward_pass_ends_with_and_without_a_capture() -> None:
     model = tiny()
     flat = FlatAdapter(model)

@@ -20,7 +20,7 @@ from transformers import (
 from fibecfed import score_samples
 from fibecfed.losses import TASKS
 from tests.fibecfed.test_capture import assert_close, lora_parameters
-from tests.fibecfed.tiny import HIDDEN, VOCAB, batch, fill_b
+from tests.fibecfed.tiny import CLASSES, HIDDEN, VOCAB, batch, fill_b, tiny
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -125,6 +125,23 @@ def test_one_value_a_sample_may_be_given_without_its_axis() -> None:
 def test_labels_that_do_not_fit_the_task_are_refused(task: str, labels: Tensor) -> None:
     model, whole, _ = made(task)
     with pytest.raises(ValueError, match=r"logits .*, labels .*: wanted"):
+        score_samples(model, [{**whole, "labels": labels}], sample_loss=task)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "bad", "most"),
+    [
+        ("classification", -1, CLASSES - 1),
+        ("classification", CLASSES, CLASSES - 1),
+        ("token_classification", 4, 3),
+        ("causal_lm", VOCAB, VOCAB - 1),
+    ],
+)
+def test_a_label_outside_the_classes_is_refused_with_its_sample(task: str, bad: int, most: int) -> None:
+    model, whole = (tiny(), batch()) if task == "classification" else made(task)[:2]
+    labels = whole["labels"].clone()
+    labels[2] = bad
+    with pytest.raises(ValueError, match=rf"^labels: {bad} in sample 2, wanted 0 … {most}, or -100 for none"):
         score_samples(model, [{**whole, "labels": labels}], sample_loss=task)  # type: ignore[arg-type]
 
 

@@ -164,12 +164,12 @@ def test_a_device_that_packing_left_short_is_filled_up() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scheme": "label_skew"}, "scheme is 'label_skew', wanted one of 'iid', 'label', 'key'"),
-        ({"devices": 0}, "devices is 0"),
-        ({"min_size": 0}, "min_size is 0"),
-        ({"alpha": 0.0}, r"alpha is 0\.0"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"size_alpha": -1.0}, r"size_alpha is -1\.0"),
+        ({"scheme": "label_skew"}, "scheme: 'label_skew', wanted one of 'iid', 'label', 'key'"),
+        ({"devices": 0}, "devices, min_size: 0, "),
+        ({"min_size": 0}, "devices, min_size: 4, 0, "),
+        ({"alpha": 0.0}, r"alpha: 0\.0"),
+        ({"alpha": float("nan")}, "alpha: nan"),
+        ({"size_alpha": -1.0}, r"size_alpha: -1\.0"),
         ({"scheme": "key"}, "needs keys"),
         ({"scheme": "key", "keys": ["a"]}, "keys has 1 entries, wanted one for each of 80 samples"),
         ({"scheme": "key", "keys": ["a", "b"] * 40}, "2 key groups are too few for 4 devices"),

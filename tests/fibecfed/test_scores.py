@@ -6,13 +6,14 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from fibecfed import score_samples
+from fibecfed import NotFiniteScoresError, score_samples
 from fibecfed.batches import collate, encode, length_buckets
 from fibecfed.cli import _samples_table
 from fibecfed.config import ConfigError, RunConfig, load_config
@@ -78,7 +79,7 @@ def config(folder: Path, *overrides: str) -> RunConfig:
 
 
 def one_by_one(config: RunConfig) -> torch.Tensor:
-    task = load_data(config)
+    task = load_data(config, hold_out=False)
     loaded = load_base(config, 2)
     samples = encode(task.train, loaded.tokenizer, config.data.max_tokens)
     return score_samples(loaded.model, [collate(samples, [i]) for i in range(len(samples))]).scores
@@ -88,25 +89,46 @@ def one_by_one(config: RunConfig) -> torch.Tensor:
 def test_every_training_sample_has_its_own_score_and_its_rank(tmp_path: Path) -> None:
     settings, told = config(tmp_path), []
     columns = score_data(settings, lambda done, total: told.append((done, total)))
-    train = load_data(settings).train
+    train = load_data(settings, hold_out=False).train
     assert list(columns) == ["index", "text", "pair", "label", "score", "rank"]
     everything = [json.loads(line)["text"] for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     assert [everything[index] for index in columns["index"]] == train.text  # rows of the file, not of what is scored
-    assert len(set(columns["index"])) == 16
+    assert columns["index"] == list(range(20))
     assert columns["text"] == train.text
     assert columns["pair"] == train.pair
     assert columns["label"] == [("no", "yes")[label] for label in train.labels]
     assert columns["score"] == pytest.approx(one_by_one(settings).tolist(), rel=1e-4)
-    assert len(set(columns["score"])) == 16
-    assert [columns["rank"].index(rank) for rank in range(16)] == np.argsort(columns["score"]).tolist()
-    assert told == [(done, 16) for done in (3, 6, 9, 12, 15, 16)]
+    assert len(set(columns["score"])) == 20
+    assert [columns["rank"].index(rank) for rank in range(20)] == np.argsort(columns["score"]).tolist()
+    assert told == [(done, 20) for done in (3, 6, 9, 12, 15, 18, 20)]
+
+
+def test_where_there_is_a_test_set_the_training_set_alone_is_scored(tmp_path: Path) -> None:
+    own = write(tmp_path / "test.jsonl", [{"text": "w1", "text_pair": "w2", "label": label} for label in ("no", "yes")])
+    columns = score_data(config(tmp_path, f"data.test={own}", "data.max_train=8"))
+    assert len(columns["score"]) == 8
+    assert not {"w1"} & set(columns["text"])
+
+
+def test_scores_that_are_not_finite_are_refused_by_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise NotFiniteScoresError("loader", "sample", [0, 7])
+
+    monkeypatch.setattr("fibecfed.scoring.score_samples", broken)
+    with pytest.raises(NotFiniteScoresError, match=r"data\.jsonl: the score of row \d+, \d+ is not finite") as found:
+        score_data(settings)
+    task = load_data(settings, hold_out=False)
+    lengths = encode(task.train, load_base(settings, 2).tokenizer, 16).lengths
+    assert sorted(found.value.samples) == sorted(np.argsort(-lengths, kind="stable")[[0, 7]].tolist())
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_models_own_labels_and_autocast_are_as_the_configuration_says(tmp_path: Path) -> None:
     plain = score_data(config(tmp_path))["score"]
     settings = config(tmp_path, "curriculum.labels=model")
-    loaded, split = load_base(settings, 2), load_data(settings).train
+    loaded, split = load_base(settings, 2), load_data(settings, hold_out=False).train
     samples = encode(split, loaded.tokenizer, 16)
     buckets = length_buckets(samples, 3)
     own = score_samples(

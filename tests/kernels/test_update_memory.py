@@ -187,6 +187,15 @@ def test_none_is_refused_where_a_tensor_is_wanted(name: str) -> None:
         masked_adamw_(**{**arguments(), name: None}, lr=0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["steps", "mask"])
+@pytest.mark.parametrize("size", [3, 11])
+def test_of_mask_and_steps_the_one_that_does_not_fit_the_layout_is_named(name: str, size: int) -> None:
+    given = arguments()
+    given[name] = torch.ones(size, dtype=given[name].dtype)
+    with pytest.raises(ValueError, match=rf"^{name}: .* \({size},\) on cpu, wanted .* \(8,\) on cpu"):
+        masked_adamw_(**given, lr=0.1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("byte", [2, 128, 255])
 def test_any_byte_but_0_of_a_mask_is_true(byte: int) -> None:
     """As torch takes flags of uint8 that are viewed as bool."""
