@@ -16,8 +16,8 @@ from .lora import lora_pairs, trainable_linears
 from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, few_of
 
-# the loss with which a model was seen last; weak, for a loss may hold on to its model
-_CHECKED: WeakKeyDictionary[nn.Module, ref[SampleLoss]] = WeakKeyDictionary()
+# the loss with which a model was seen last (weak, for a loss may hold on to its model), and what was trained then
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[ref[SampleLoss], frozenset[str]]] = WeakKeyDictionary()
 
 
 class Accountant(Protocol):
@@ -73,8 +73,9 @@ def dp_step(
         accountant: its ``step(noise_multiplier=, sample_rate=)`` is called, just before the optimizer's; with
             ``sample_rate``.
 
-    In a model's first step with a loss it is seen, on a few of the samples, that a sample's loss reaches its own place
-    in every module alone, see :func:`fibecfed.check_sample_axis`: what is mixed could not be clipped.
+    In a model's first step with a loss, and with what it trains, it is seen, on a few of the samples, that a sample's
+    loss reaches its own place in every module alone, see :func:`fibecfed.check_sample_axis`: what is mixed could not be
+    clipped.
 
     Raises as :class:`clip_sample_gradients` and :func:`fibecfed.check_sample_axis`, and ValueError or TypeError naming
     the argument; then no step was taken, parameters and optimizer are what they were, and ``.grad`` is untouched or
@@ -101,11 +102,13 @@ def dp_step(
                     f"sample_loss: {losses.numel()} losses for {clipped.scores.numel()} samples on the first axis of "
                     "the modules' inputs, wanted one each"
                 )
-            known = _CHECKED.get(model)
-            if (known is None or known() != loss_of) and len(losses) > 1:
+            trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+            known, then = _CHECKED.get(model, (lambda: None, trained))
+            if (known() != loss_of or then != trained) and len(losses) > 1:
                 few = few_of(part, len(losses))
                 if check_sample_axis(model, few, loss_of) or check_sample_axis(model, part, loss_of):
-                    _CHECKED[model] = WeakMethod(loss_of) if isinstance(loss_of, MethodType) else ref(loss_of)
+                    weak = WeakMethod(loss_of) if isinstance(loss_of, MethodType) else ref(loss_of)
+                    _CHECKED[model] = weak, trained
             seen.append(DpStep(losses.detach().float(), clipped.scores, clipped.factors))
         _add_noise(parameters, std, divisor, generator)
         if accountant is not None and sample_rate is not None:
