@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fibecfed.batches import Encoded, batches, collate, encode, length_buckets
+from fibecfed.batches import Encoded, collate, cut, encode, length_buckets
 from fibecfed.config import load_config
 from fibecfed.federation import load_base, load_data
 
@@ -30,7 +30,7 @@ class Job:
 
     @property
     def arrival(self) -> list[Batch]:
-        return [self.batch(part) for part in batches(np.arange(SAMPLES), BATCH)]
+        return [self.batch(part) for part in cut(np.arange(SAMPLES), BATCH)]
 
     @property
     def middle(self) -> Batch:

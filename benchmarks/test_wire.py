@@ -68,6 +68,7 @@ def pack_providers(model: Model, every: int, device: torch.device) -> tuple[dict
     outs = {dtype: plan.pack(adapter, round=1, num_samples=1) for dtype, plan in plans.items()}  # pinned on CUDA
     sent = own(travelling(adapter, plan))
     error, values, copied = error_against(sent), adapter.data[: plan.numel], torch.empty(plan.numel)
+    copied = copied.pin_memory() if device.type == "cuda" else copied  # as messages are
 
     def ours(dtype: WireDtype) -> Provider:
         def call() -> Tensor:
@@ -104,6 +105,7 @@ def load_providers(model: Model, every: int, device: torch.device) -> tuple[dict
     messages = {dtype: plan.pack(sender, round=1, num_samples=1) for dtype, plan in plans.items()}
     sent, views = own(travelling(sender, plan)), travelling(adapter, plan)
     host, values = sender.data[: plan.numel].cpu(), adapter.data[: plan.numel]
+    host = host.pin_memory() if device.type == "cuda" else host
     error = error_against(sent)
 
     def loaded(_: object) -> float:

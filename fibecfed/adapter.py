@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -253,7 +254,8 @@ def _pick(slices: dict[int | None, slice], layer: int | None, known: tuple[int, 
 def _own_storage(view: Tensor) -> Tensor:
     """The same memory as a storage of its own: what saves a model by storages (accelerate, safetensors' save_model)
     would take views of one for the same tensor under many names, and save one of them."""
-    return torch.from_dlpack(view) if view.device.type in ("cpu", "cuda", "xpu") else view
+    with torch.cuda.device(view.device) if view.is_cuda else nullcontext():  # DLPack knows the current device alone
+        return torch.from_dlpack(view) if view.device.type in ("cpu", "cuda", "xpu") else view
 
 
 def _check_neighbours(model: nn.Module, entry: Entry, dtype: torch.dtype) -> None:

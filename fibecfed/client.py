@@ -117,7 +117,7 @@ class Client:
         lengths = self.train_set.lengths[device.train] if settings.group_by_length else None
         lowest = neurons.lowest_active_layer(mask, self._rows)
         optimizer = self._optimizer(mask.to(self.flat.data.device), self._learning_rate(round_))
-        total, samples = 0.0, 0
+        total, samples = torch.zeros((), dtype=torch.float64, device=self.flat.data.device), 0
         diagonal: dict[str, Tensor] = {}
         with (
             _forked(self.flat.data.device),
@@ -129,7 +129,7 @@ class Client:
                 shuffle = stream(seed, "shuffle", round_, device.index, epoch) if settings.shuffle else None
                 for part in curriculum.batches(chosen, settings.batch_size, shuffle, lengths=lengths):
                     loss, fisher = self._step(optimizer, device.train[part], live)
-                    total += loss * len(part)
+                    total += loss * len(part)  # on the device: to read it would wait for every step
                     samples += len(part)
                     if fisher is not None and device.scores is not None:
                         device.scores[part] = fisher.scores.cpu().numpy()
@@ -140,7 +140,7 @@ class Client:
         if diagonal:
             self._learn_importance(device, diagonal, samples)
         device.rounds += 1
-        return TrainResult(total / max(1, samples), samples, int(mask.sum()))
+        return TrainResult(total.item() / max(1, samples), samples, int(mask.sum()))
 
     def _order(self, device: Device) -> np.ndarray:
         chosen = self.config.curriculum
@@ -172,7 +172,7 @@ class Client:
 
     def _step(
         self, optimizer: MaskedAdamW | MaskedSGD, samples: np.ndarray, live: bool
-    ) -> tuple[float, capture_fisher | None]:
+    ) -> tuple[Tensor, capture_fisher | None]:
         batch = self.batch(self.train_set, samples)
         optimizer.zero_grad()
         fisher = capture_fisher(self.model, "mean") if live else None
@@ -181,7 +181,7 @@ class Client:
                 loss = classification_loss(self.model, batch).mean()
             loss.backward()
         optimizer.step()
-        return loss.item(), fisher
+        return loss.detach().double(), fisher
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

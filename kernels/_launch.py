@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 MAX_GROUPS = 8  # groups of samples that run side by side; each writes its own partial diagonal, so few
+GROUPED_VALUES = 1 << 20  # of one linear module, above which there is one group
 SCORE_BLOCK = 64  # samples that one program of the second launch sums the scores of
 VALUE_BLOCK = 512  # values of the diagonal that one program of the second launch sums
 UPDATE_BLOCK = 1024  # values that an update program takes at a time: most lines of a layout in one step

@@ -1,4 +1,4 @@
-"""Whose memory is whose: what an op writes must be its own."""
+"""Tensors as memory: whose it is, for what an op writes must be its own, and whether its values have changed."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def check_apart(tensors: Mapping[str, Tensor], changed: Sequence[str]) -> None:
             end, last = start + size, name
         if name in changed:
             end_changed, last_changed = start + size, name
+
+
+def value_key(tensor: Tensor, *more: int) -> tuple[object, ...]:
+    """What must be equal for an earlier check of the tensor's values to hold: reading them waits for a CUDA device.
+
+    An inference tensor does not count its changes: its key equals nothing (a NaN would not do, tuples compare identity
+    first). Changes past torch (by NumPy) are not seen.
+    """
+    return (*more, object() if tensor.is_inference() else tensor._version)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._backend import interpreting, on_device_of
 from .._launch import (
+    GROUPED_VALUES,
     MAX_GROUPS,
     SCORE_BLOCK,
     VALUE_BLOCK,
@@ -61,6 +62,7 @@ def _launch(
             diag_parts, grad_parts, plan.values, plan.ranks, plan.starts, plan.transposed, plan.rows, plan.thin_tiles,
             plan.tile.features, plan.tile.tokens, interpreting(),
             num_warps=plan.tile.warps, num_stages=plan.tile.stages,
+            enable_fp_fusion=False,  # or squares were fused with their sum, and only where a gradient is wanted
         )  # fmt: skip
         finish_kernel[finish_grid(plan, samples, groups)](
             partial, scores, plan.bounds, samples, diag_parts, diag, grad_parts, grad, groups, plan.values,
@@ -77,8 +79,7 @@ def fisher_diag(
     plan = linear_plan(shape[1], shape[0], x.element_size())
     x, grad_y = x.contiguous(), grad_y.contiguous()
     wide, thin = (grad_y, x) if plan.transposed[0] else (x, grad_y)
-    # One group: the results may be as large as the weight itself, and parts of them a multiple of that.
-    scores, diag, grad = _launch(plan, (wide,), ((thin,),), cu_seqlens, weight_grad, limit=1)
+    scores, diag, grad = _launch(plan, (wide,), ((thin,),), cu_seqlens, weight_grad, _groups_of(plan))
     return scores[0], diag.view(shape), grad.view(shape) if weight_grad else grad
 
 
@@ -88,7 +89,12 @@ def weighted_grad(x: Tensor, grad_y: Tensor, weights: Tensor, cu_seqlens: Tensor
     plan = linear_plan(shape[1], shape[0], x.element_size())
     x, grad_y = x.contiguous(), grad_y.contiguous()
     wide, thin = (grad_y, x) if plan.transposed[0] else (x, grad_y)
-    return _launch(plan, (wide,), ((thin,),), cu_seqlens, True, 1, weights.contiguous())[2].view(shape)
+    return _launch(plan, (wide,), ((thin,),), cu_seqlens, True, _groups_of(plan), weights.contiguous())[2].view(shape)
+
+
+def _groups_of(plan: FisherPlan) -> int:
+    """Of one linear module: the results may be as large as its weight, and parts of them a multiple of that."""
+    return MAX_GROUPS if plan.values <= GROUPED_VALUES else 1
 
 
 def lora_fisher_diag(

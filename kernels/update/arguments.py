@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .._memory import check_apart
+from .._memory import check_apart, value_key
 
 OPTIONAL = ("momentum_buffer", "grad_scale", "lr_scale")
 
@@ -57,18 +57,9 @@ def _rows(tensors: dict[str, Tensor]) -> int:
     return int((layout[:, 1] + layout[:, 2]).max())
 
 
-def _key(tensor: Tensor, *more: int) -> tuple[object, ...]:
-    """What must be equal for an earlier check of the tensor's values to hold: reading them waits for a CUDA device.
-
-    An inference tensor does not count its changes: its key equals nothing (a NaN would not do, tuples compare identity
-    first). Changes past torch (by NumPy) are not seen.
-    """
-    return (*more, object() if tensor.is_inference() else tensor._version)
-
-
 def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int, anew: bool) -> None:
     """Every line must begin where the one before ends, and the last must end where the buffers do."""
-    key = _key(layout, numel, rows)
+    key = value_key(layout, numel, rows)
     if not anew and getattr(layout, "_fibecfed_checked", None) == key:
         return
     lines = layout.cpu()
@@ -99,7 +90,7 @@ def _check_layout(layout: Tensor, buffer: str, numel: int, rows: int, anew: bool
 
 
 def _check_lr_scale(lr_scale: Tensor, anew: bool) -> None:
-    key = _key(lr_scale)
+    key = value_key(lr_scale)
     if not anew and getattr(lr_scale, "_fibecfed_checked", None) == key:
         return
     good = (lr_scale >= 0) & lr_scale.isfinite()

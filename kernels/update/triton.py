@@ -9,7 +9,7 @@ and square root. The bias corrections 1 − βˢ differ from row to row, so a pr
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .._launch import POWERS, UPDATE_BLOCK, UPDATE_WARPS, powers
 from ._kernels import adamw_kernel, norm_kernel, sgd_kernel, squares_kernel
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured CUDA graph knows a table by its address
 def _powers_on(beta: float, device: torch.device) -> Tensor:
     fine, coarse = powers(beta)
     return torch.tensor(fine + coarse, dtype=torch.float64).to(device)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  the schemas must exist before a body is called
-from .._backend import body_for
+from .._backend import host_body
 from . import reference
 
 
 def digest(buffer: Tensor, ranges: Tensor) -> tuple[list[int], list[bool]]:
     """By range: CRC32C of buffer[start:stop], and whether a float in it is not finite, or a scale too large."""
-    op = reference.wire_digest if body_for(buffer) == "reference" else torch.ops.fibecfed.wire_digest.default
+    op = reference.wire_digest if host_body() == "reference" else torch.ops.fibecfed.wire_digest.default
     lines = op(buffer, ranges).tolist()
     return [crc for crc, _ in lines], [bool(found) for _, found in lines]
 

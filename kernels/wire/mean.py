@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import body_for
+from .._backend import backend
 from .._dispatch import run
 from .arguments import Buffer, check_written, checked_weight, is_aligned, view_of
 from .errors import CountError, WireError
@@ -46,7 +46,8 @@ def aggregate(
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
         base: what the messages of a delta or sparse plan are relative to; what is averaged are the values that ``load``
-            would give, so that a row that a message does not carry counts with its value in the base.
+            would give, so that a row that a message does not carry counts with its value in the base. It must not
+            change meanwhile.
         max_bytes: a longer message is refused before it is looked at.
         accumulator: float64 (plan.numel,), overwritten where the sum needs memory, and out: float32 (plan.numel,),
             filled and returned, both contiguous and on one device, which is then that of the sum and the mean. Who
@@ -65,7 +66,7 @@ def aggregate(
             its range; a message of no samples, where these are the weights. WireError: a message is refused and there
             is no ``on_refused``; its ``index`` tells which.
     """
-    if not (hasattr(plan, "add_") and hasattr(plan, "numel")):
+    if not isinstance(plan, WirePlan):
         raise TypeError(f"plan: {type(plan).__name__}, wanted a WirePlan")
     if isinstance(buffers, (Tensor, bytes, bytearray, memoryview)) or not isinstance(buffers, Iterable):
         raise TypeError(f"buffers: {type(buffers).__name__}, wanted messages one by one: a list or a generator")
@@ -73,7 +74,7 @@ def aggregate(
         raise TypeError(f"weights: {weights!r}, wanted a number for each message, or None")
     room = _Room(plan, accumulator, out, device)
     listed, plain = type(buffers) in (list, tuple), not (plan.delta or plan.sparse)
-    together = listed and plain and room.device.type == "cpu" and body_for(NO_SUM) != "triton"
+    together = listed and plain and room.device.type == "cpu" and backend("cpu") != "triton"
     adder = (_Together if together else _OneByOne)(plan, room, round, base, max_bytes)
     total, index, taken = 0.0, 0, 0
     messages, shares = iter(buffers), None if weights is None else iter(weights)
@@ -137,7 +138,8 @@ class _OneByOne:
         self, plan: WirePlan, room: _Room, round: int | None, base: Tensor | None, max_bytes: int | None
     ) -> None:
         self._plan, self._room = plan, room
-        self._given: dict[str, Any] = {"round": round, "base": base, "max_bytes": max_bytes}
+        of = plan._relation.base(base)  # looked at once, not with each message
+        self._given: dict[str, Any] = {"round": round, "base": of, "max_bytes": max_bytes}
 
     def add(self, buffer: Buffer, weight: float | None) -> float:
         """Add a message, if it passes every check; returns the weight that it has."""
@@ -153,9 +155,10 @@ class _OneByOne:
 
     def _divide(self, mean: Tensor, total: float) -> None:
         sum = self._room.sum
+        by = sum.new_tensor(total)  # by a number CUDA would multiply with its reciprocal, rounded
         room = sum[:CHUNK]  # that of the first chunk serves them all: quotients need not go back to memory
         for part, rounded in zip(sum.split(CHUNK), mean.split(CHUNK), strict=True):
-            rounded.copy_(torch.div(part, total, out=room[: len(part)]))
+            rounded.copy_(torch.div(part, by, out=room[: len(part)]))
 
 
 class _Together(_OneByOne):

@@ -47,8 +47,10 @@ class Relation:
         self.delta, self.frame = delta, frame
         self.rows = Rows(entries, chosen) if frame.agreed.sparse else None
 
-    def base(self, base: Tensor | None) -> Base:
+    def base(self, base: Tensor | Base | None) -> Base:
         """The argument ``base`` of a plan's methods, checked: there where it is needed, and nowhere else."""
+        if isinstance(base, Base):
+            return base
         if not self.frame.agreed.based:
             if base is not None:
                 raise ValueError("base: given, wanted None: the plan is neither delta nor sparse")
