@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .._backend import backend
 from .._dispatch import run
+from .._memory import value_key
 from .arguments import Buffer, check_written, checked_weight, is_aligned, view_of
 from .errors import CountError, WireError
 from .plan import WirePlan
+from .relative import Base
 
 CHUNK = 1 << 17  # values divided and rounded while they are in a cache
 NO_SUM = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -46,8 +48,8 @@ def aggregate(
         round: if given, every message must be of it.
         device: where the sum is held; on CUDA a message is one copy and one launch.
         base: what the messages of a delta or sparse plan are relative to; what is averaged are the values that ``load``
-            would give, so that a row that a message does not carry counts with its value in the base. It must not
-            change meanwhile.
+            would give, so that a row that a message does not carry counts with its value in the base. It is looked
+            at again where torch changed it meanwhile.
         max_bytes: a longer message is refused before it is looked at.
         accumulator: float64 (plan.numel,), overwritten where the sum needs memory, and out: float32 (plan.numel,),
             filled and returned, both contiguous and on one device, which is then that of the sum and the mean. Who
@@ -138,13 +140,20 @@ class _OneByOne:
         self, plan: WirePlan, room: _Room, round: int | None, base: Tensor | None, max_bytes: int | None
     ) -> None:
         self._plan, self._room = plan, room
-        of = plan._relation.base(base)  # looked at once, not with each message
-        self._given: dict[str, Any] = {"round": round, "base": of, "max_bytes": max_bytes}
+        self._round, self._base, self._max_bytes = round, base, max_bytes
+        self._looked: tuple[object, Base | None] = (None, None)
 
     def add(self, buffer: Buffer, weight: float | None) -> float:
         """Add a message, if it passes every check; returns the weight that it has."""
-        message = self._plan.add_(self._room.sum, buffer, weight, **self._given)
+        message = self._plan.add_(self._room.sum, buffer, weight, **self._given())
         return message.num_samples if weight is None else weight
+
+    def _given(self) -> dict[str, Any]:
+        """What is asked of each message; the base, which may be as large, is not looked at with each."""
+        key = value_key(self._base) if isinstance(self._base, Tensor) else ()
+        if self._looked[0] != key:
+            self._looked = key, self._plan._relation.base(self._base)
+        return {"round": self._round, "base": self._looked[1], "max_bytes": self._max_bytes}
 
     def mean(self, total: float) -> Tensor:
         """The sum divided by ``total``."""
@@ -177,7 +186,7 @@ class _Together(_OneByOne):
         if not is_aligned(raw):  # it will be copied: one copy at a time
             self._add_all()
             return super().add(raw, weight)
-        message, values, scales = self._plan._checked(raw, **self._given)
+        message, values, scales = self._plan._checked(raw, **self._given())
         if weight is None:
             weight = checked_weight("weight", message.num_samples, field="metadata.num_samples")
         self._values.append(values)

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fibecfed_kernels import _dispatch, backend, fisher, fisher_diag, use_backend
+from fibecfed_kernels import WirePlan, _backend, _dispatch, backend, fisher, fisher_diag, use_backend
 from fibecfed_kernels.fisher import reference
+
+from .wire_tools import make_flat
 
 
 def test_cpu_tensors_run_the_extension_and_unknown_devices_the_reference():
@@ -80,6 +82,15 @@ def test_a_body_that_was_not_built_is_refused(monkeypatch):
         pass
     with pytest.raises(RuntimeError, match="triton is not installed"), use_backend("triton"):
         pass
+
+
+def test_messages_are_read_in_the_hosts_memory_whatever_body_is_forced(monkeypatch):
+    monkeypatch.setattr(_backend, "interpreting", lambda: False)
+    flat = make_flat()
+    plan = WirePlan(flat)
+    message = plan.pack(flat, round=3, num_samples=1)
+    with use_backend("triton"):
+        assert plan.read(message).round == 3
 
 
 def test_a_body_forced_on_tensors_it_cannot_read_is_refused():

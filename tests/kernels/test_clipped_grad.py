@@ -88,6 +88,7 @@ def test_it_is_the_sum_that_clipping_of_whole_gradients_gives() -> None:
         (ValueError, r"max_norm: 0, wanted a number with 0 < max_norm", {"max_norm": 0}),
         (ValueError, r"max_norm: nan", {"max_norm": float("nan")}),
         (ValueError, r"max_norm: '1', wanted", {"max_norm": "1"}),
+        (ValueError, r"max_norm: True, wanted", {"max_norm": True}),
         (ValueError, r"grad_y: .* wanted \(3, 5, features\)", {"grad_y": GRAD_Y[1:]}),
     ],
 )

@@ -70,6 +70,20 @@ def test_offsets_need_not_be_contiguous(body: Any) -> None:
 
 
 @bodies
+def test_offsets_are_looked_at_again_when_they_or_the_tokens_change(body: Any) -> None:
+    x, grad_y = (torch.randn(9, d) for d in (6, 5))
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with use_backend(body):
+        for _ in range(2):
+            fisher_diag(x, grad_y, offsets)
+        with pytest.raises(ValueError, match="cu_seqlens: values must rise from 0 to 8"):
+            fisher_diag(x[:8], grad_y[:8], offsets)
+        offsets[1] = 10
+        with pytest.raises(ValueError, match=r"cu_seqlens: values must rise .* got \[0, 10, 9\]"):
+            fisher_diag(x, grad_y, offsets)
+
+
+@bodies
 @pytest.mark.parametrize("place", range(4), ids=["x", "h", "grad_h", "grad_y"])
 def test_results_are_constants_for_autograd(body: Any, place: int) -> None:
     tensors = pair()

@@ -146,6 +146,7 @@ def test_what_is_no_number_is_refused_by_name(name):
     ("hyper", "words"),
     [
         ({"momentum": -0.1}, "momentum: -0.1, wanted momentum ≥ 0"),
+        ({"dampening": float("nan")}, "dampening: nan, wanted a finite number"),
         ({"nesterov": True}, "nesterov: True, wanted momentum > 0 and dampening 0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov: "),
         ({"momentum": 0.9, "momentum_buffer": None}, "momentum_buffer: None, wanted a tensor like data"),

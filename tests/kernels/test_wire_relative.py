@@ -14,6 +14,7 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from fibecfed_kernels import Message, WirePlan, aggregate, use_backend
+from fibecfed_kernels.wire import digest, relative
 from fibecfed_kernels.wire.errors import BaseError
 
 from .test_wire_messages import shapes
@@ -205,6 +206,22 @@ def test_a_base_that_changes_while_messages_arrive_is_noticed() -> None:
 
     with pytest.raises(BaseError, match=r"^message 1: metadata\.base"):
         aggregate(plan, arriving(), base=base)
+
+
+def test_a_base_that_does_not_change_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, _ = moved(3)
+    plan = WirePlan(before, delta=True)
+    base = plan.gather(before)
+    packed = plan.pack(after, round=0, num_samples=1, base=base)
+    looked: list[int] = []
+
+    def digest_of(values: Tensor) -> tuple[int, bool]:
+        looked.append(values.numel())
+        return digest.digest_of(values)
+
+    monkeypatch.setattr(relative, "digest_of", digest_of)
+    torch.testing.assert_close(aggregate(plan, [packed] * 3, base=base), plan.gather(after))
+    assert looked == [plan.numel]
 
 
 @kinds
