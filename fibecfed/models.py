@@ -89,11 +89,14 @@ def load_model(
         ModelError: the source cannot be loaded, misses weights of the model's body, has weights that are not finite, is
             an encoder-decoder, or has no module of the wanted names; an argument out of range.
     """
-    if num_classes < 2 or rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise ModelError(
-            f"num_classes, rank, alpha, dropout: {num_classes}, {rank}, {alpha}, {dropout}, "
-            "wanted ≥ 2, ≥ 1, > 0, in [0, 1)"
-        )
+    for argument, value, good, wanted in (
+        ("num_classes", num_classes, num_classes >= 2, "at least 2"),
+        ("rank", rank, rank >= 1, "at least 1"),
+        ("alpha", alpha, alpha > 0, "a number > 0"),
+        ("dropout", dropout, 0 <= dropout < 1, "0 ≤ dropout < 1"),
+    ):
+        if not good:
+            raise ModelError(f"{argument}: {value}, wanted {wanted}")
     if dtype not in ("float32", "bfloat16"):
         raise ModelError(f"dtype: {dtype!r}, wanted 'float32' or 'bfloat16'")
     name, location, options = _locate(source)

@@ -62,10 +62,10 @@ def test_an_attack_is_refused_at_every_door_and_nothing_is_written(attack: Attac
     into.data.fill_(0.5)
     sum = torch.full((plan.numel,), 0.25, dtype=torch.float64)
     doors: list[Callable[[], object]] = [
-        lambda: plan.read(message, attack.round, base=base),
-        lambda: plan.unpack(message, attack.round, base=base),
-        lambda: plan.load(message, into, attack.round, base=base),
-        lambda: plan.add_(sum, message, 1.0, attack.round, base=base),
+        lambda: plan.read(message, round=attack.round, base=base),
+        lambda: plan.unpack(message, round=attack.round, base=base),
+        lambda: plan.load(message, into, round=attack.round, base=base),
+        lambda: plan.add_(sum, message, 1.0, round=attack.round, base=base),
     ]
     wanted = (attack.error, attack.field)
     assert [refusal(door) for door in doors] == [(*wanted, None)] * len(doors)
