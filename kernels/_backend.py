@@ -94,12 +94,6 @@ def body_for(tensor: torch.Tensor) -> Backend:
     return cast(Backend, chosen)
 
 
-def host_body() -> Backend:
-    """The body of what reads messages, which are in the host's memory, where Triton has none."""
-    chosen = backend("cpu")
-    return chosen if chosen != "triton" else "cpp" if HAS_CPP else "reference"
-
-
 def interpreting() -> bool:
     """Triton runs its kernels in Python, on tensors of any device: slow, for tests."""
     from triton import knobs  # not at the top: importing Triton costs time that CPU users need not pay

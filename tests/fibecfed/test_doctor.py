@@ -25,6 +25,15 @@ def test_the_doctor_names_the_body_that_every_op_runs_here() -> None:
         assert body.why
 
 
+def test_what_reads_the_hosts_memory_wants_no_body_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kinds: dict[str, set[str]] = {}
+    for body in doctor.bodies():
+        kinds.setdefault(body.op, set()).add(body.device)
+    assert {op for op, of in kinds.items() if of == {"cpu"}} == CPU_ONLY
+    assert all(of == {"cpu", "cuda"} for op, of in kinds.items() if op not in CPU_ONLY)
+
+
 def test_the_doctor_sees_an_op_that_the_built_extension_lacks() -> None:
     x = torch.ones(1, 2, 3)
     body = next(body for body in doctor.bodies() if (body.op, body.device) == ("fisher_diag", "cpu"))
