@@ -16,11 +16,11 @@ constexpr int64_t kTaskRows = 64;
 // Columns of a strip, a multiple of every register tile's: few, so that P and Σ P² of a LoRA pair's rows stay in the
 // first-level cache.
 constexpr int64_t kStrip = 192;
-// Tokens between two additions to P: many, since each costs as much as some tokens, but two chunks of a strip must lie
-// in the second-level cache, one being read, one on its way, even where rows are 16 KB apart and meet in few of its sets.
+// Tokens between two additions to P: many, since each costs as much as some tokens; but two chunks of a strip, one
+// being read, one on its way, must lie in the second-level cache, where rows 16 KB apart meet in few sets.
 constexpr int64_t kChunk = 64;
-constexpr int64_t kGroupSamples = 8;
-constexpr int64_t kMatrixTasks = 16;
+constexpr int64_t kGroupSamples = 8;  // of a task at least
+constexpr int64_t kMatrixTasks = 16;  // of a matrix, if it has the samples: so many threads have work
 
 enum class Dtype { float32, bfloat16, float16 };
 
