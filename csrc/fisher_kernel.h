@@ -63,10 +63,9 @@ static const void* address(const Operand& of, int64_t token, int64_t column) {
 // The strip of a task over `tokens` from `token` on, to be fetched while `now` tokens are computed.
 static Ahead strip_ahead(const Task& task, int64_t token, int64_t tokens, int64_t now) {
   if (tokens == 0) return {};
-  const int64_t size = task.wide.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t size = task.wide.dtype == Dtype::float32 ? 4 : 2, times = (2 * tokens + now) / (2 * now);
   const char* row = static_cast<const char*>(address(task.wide, token, task.column));
-  return {row, row, task.columns * size, task.columns * size, task.wide.features * size, tokens,
-          (tokens + now - 1) / now};
+  return {row, row, task.columns * size, task.columns * size, task.wide.features * size, tokens, times < 1 ? 1 : times};
 }
 
 // The first chunk of a sample.

@@ -13,9 +13,9 @@
 namespace fisher_plan {
 
 constexpr int64_t kTaskRows = 64;
-// Columns of a strip, a multiple of every register tile's: few, so that P and Σ P² of a LoRA pair's rows stay in the
-// first-level cache.
-constexpr int64_t kStrip = 192;
+// Columns of a strip, a multiple of every register tile's: so few that P and Σ P² of a LoRA pair's rows stay in the
+// first-level cache, and so many that the pages of a row are not visited too often.
+constexpr int64_t kStrip = 384;
 // Tokens between two additions to P: many, since each costs as much as some tokens; but two chunks of a strip, one
 // being read, one on its way, must lie in the second-level cache, where rows 16 KB apart meet in few sets.
 constexpr int64_t kChunk = 64;
