@@ -135,11 +135,9 @@ def test_wire_errors_are_value_errors_and_survive_pickling() -> None:
 
 def test_what_is_no_list_of_messages_or_of_numbers_is_refused_by_name() -> None:
     plan, messages = messages_of("float32", 3)
-    for one in (messages[0], bytes(messages[0].numpy())):
-        with pytest.raises(TypeError, match=r"^buffers: (Tensor|bytes), wanted messages one by one"):
-            aggregate(plan, one, [1.0])
-    with pytest.raises(TypeError, match=r"^buffers: NoneType, wanted messages one by one"):
-        aggregate(plan, None)  # type: ignore[arg-type]
+    for one in (messages[0], bytes(messages[0].numpy()), None):
+        with pytest.raises(TypeError, match=rf"^buffers: {type(one).__name__}, wanted messages one by one"):
+            aggregate(plan, one, [1.0])  # type: ignore[arg-type]
     for no_plan in (messages, None):
         with pytest.raises(TypeError, match=rf"^plan: {type(no_plan).__name__}, wanted a WirePlan"):
             aggregate(no_plan, messages)  # type: ignore[arg-type]

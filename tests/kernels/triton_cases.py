@@ -30,7 +30,7 @@ def triton_body(poisoned: None) -> Iterator[None]:
 def assert_true(found: FisherDiag, x: Tensor, grad_y: Tensor, cu_seqlens: Tensor | None = None) -> None:
     assert found.weight_grad is not None
     for actual, truth in zip(found, fisher_truth(x, grad_y, cu_seqlens), strict=True):
-        assert_near(actual.cpu(), truth, "fisher")
+        assert_near(actual.cpu(), truth, "fisher on tensor cores" if x.is_cuda and x.dtype != FP32 else "fisher")
 
 
 def lora_inputs(
